@@ -1,0 +1,48 @@
+# make serve   the item service on a SQLite file, http://127.0.0.1:8080
+# make test    the whole test suite, on the databases that this machine has
+# make check   ruff, mypy and a wheel that is built, installed and used
+
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help serve test check test-sqlalchemy-2.0 clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+serve: .venv/installed-app
+	$(BIN)/python serve.py
+
+test: .venv/installed-dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest --no-header -q tests/packaging
+
+# The library once more, on the older of the two SQLAlchemys that it supports.
+test-sqlalchemy-2.0: .venv-2.0/installed-dev
+	.venv-2.0/bin/pytest -q --ignore=README.md
+
+# A stamp, not the folder: a failed installation leaves half of one behind.
+.venv/installed-%: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.13 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "Python's venv module is missing; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	@touch $@
+
+.venv-2.0/installed-dev: setup.py
+	@test -x .venv-2.0/bin/pip || $(PYTHON) -m venv .venv-2.0
+	.venv-2.0/bin/pip install --quiet --editable '.[dev]' 'SQLAlchemy<2.1'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-2.0 build dist *.egg-info .coverage* .hypothesis

@@ -1,0 +1,1077 @@
+"""One SQLAlchemy session per WSGI request, and a 2xx that can be trusted.
+
+Wrap an application and write no commit, rollback or close in it again::
+
+    from sqlalchemy.orm import scoped_session, sessionmaker
+
+    Session = scoped_session(sessionmaker(engine))
+    application = SessionMiddleware(app, Session)
+
+Each request gets a new session, found by calling the registry (``Session()``) or
+as ``environ["sessionscope.session"]``.  What becomes of its work:
+
+=============================================  ===========================================
+the application                                the session
+=============================================  ===========================================
+answers 2xx or 3xx                             COMMIT; only then is the response completed
+answers anything else, or raises               ROLLBACK
+swallowed an error that undid its transaction  ROLLBACK, ``TransactionDoomed``
+removed a session that held work               ROLLBACK, ``TransactionDoomed``
+lost the connection while COMMIT ran           nobody knows: ``CommitOutcomeUnknown``
+streams, and the client hangs up               ROLLBACK
+never used the session                         nothing is sent, no connection is taken
+=============================================  ===========================================
+
+The promise behind the table: *a complete successful response exists only where
+COMMIT returned.*  A list is settled before its head leaves.  A stream of known
+length keeps back the chunk that completes it; one of unknown length commits before
+it ends.  A COMMIT that fails therefore shows as a clean 500 while nothing has left,
+and otherwise as a response that the client can see is cut.
+
+How the file is laid out, in the order of a request's life: `SessionMiddleware` makes
+an `_Attempt`, which speaks to the application (``start_response``, ``write``); its
+`_UnitOfWork` owns the session and is the only code that commits; a `_Body` speaks to
+the server when the response is a stream.  `session_scope` is the same unit of work
+without HTTP.  At the end stands what drivers and databases tell of their errors.
+
+PEP 3333 (https://peps.python.org/pep-3333/) is the WSGI specification cited below.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock, get_ident
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
+
+from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session, scoped_session
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from sqlalchemy import Transaction
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.orm import SessionTransaction
+
+    Registry = scoped_session[Any]
+    Headers = list[tuple[str, str]]
+    CommitWhen = Callable[[WSGIEnvironment, str, Headers], bool]
+
+__all__ = [
+    "CommitOutcomeUnknown",
+    "Outcome",
+    "SessionMiddleware",
+    "TransactionDoomed",
+    "commit_on_success",
+    "on_commit",
+    "session_scope",
+]
+
+log = logging.getLogger("sessionscope")
+
+SESSION_KEY = "sessionscope.session"
+
+LONG_TRANSACTION = 60.0
+"""Seconds that a stream may keep a transaction open before the log says so."""
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, 9.2.1
+
+
+class TransactionDoomed(SQLAlchemyError):
+    """The application asked for success, but its work is already undone.
+
+    Either it swallowed an error after which the database keeps nothing, or only a
+    part, although COMMIT would return normally (the error is the ``__cause__``); or
+    it closed or removed the session while that held work.  The transaction has been
+    rolled back.
+    """
+
+
+class CommitOutcomeUnknown(SQLAlchemyError):
+    """COMMIT was sent and its answer never came: the work may be durable, or not.
+
+    The driver's error is the ``__cause__``.  Neither success nor failure may be
+    concluded, and the work must not be repeated blindly.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request's session; given to the *observer*."""
+
+    method: str
+    """The request method."""
+    path: str
+    """``SCRIPT_NAME`` and ``PATH_INFO``, percent-encoded."""
+    status: str | None
+    """The status line given to ``start_response``; None where there was none."""
+    action: Literal["commit", "rollback", "none", "unknown"]
+    """``none`` where no transaction was begun, ``unknown`` where COMMIT was cut off."""
+    attempts: int
+    """How often the application was called."""
+    seconds: float
+    """From the call of the middleware to the end of the transaction."""
+    error: BaseException | None
+    """What the application or the COMMIT raised."""
+
+
+def commit_on_success(environ: WSGIEnvironment, status: str, headers: Headers) -> bool:
+    """Tell whether *status* is 2xx or 3xx: the default for *commit_when*.
+
+    A pure function.  It is False, never an error, for a status that it cannot read.
+    """
+    return isinstance(status, str) and _SUCCESS.match(status) is not None
+
+
+_SUCCESS = re.compile(r"[23][0-9]{2}(?: |\Z)")
+
+
+class SessionMiddleware:
+    """A WSGI application that runs *app* with one session per request.
+
+    :param app: the WSGI application to wrap.
+    :param registry: the ``scoped_session`` through which *app* finds its session.
+    :param commit_when: called with ``(environ, status, headers)`` when the outcome
+        is decided, and true where the work shall be committed; a pure function.
+        One that raises rolls back, and its exception is what the server sees.
+    :param reader: an Engine that the sessions of safe methods (GET, HEAD, OPTIONS,
+        TRACE; RFC 9110, 9.2.1) are bound to: a replica, or a read-only view of the
+        same file.  It is passed as ``bind=``, so a session's own ``binds=`` and
+        ``get_bind()`` go first; a registry bound to a Connection ignores it.
+    :param observer: called once per request with its `Outcome`, when the session is
+        out of the registry.  One that raises is logged and changes nothing.
+    :raises TypeError: for an argument of another type.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        registry: Registry,
+        *,
+        commit_when: CommitWhen = commit_on_success,
+        reader: Engine | None = None,
+        observer: Callable[[Outcome], object] | None = None,
+    ) -> None:
+        _require(callable(app), "app", app, "a WSGI application")
+        _require(isinstance(registry, scoped_session), "registry", registry, "a scoped_session")
+        _require(callable(commit_when), "commit_when", commit_when, "callable")
+        _require(reader is None or isinstance(reader, Engine), "reader", reader, "an Engine")
+        _require(observer is None or callable(observer), "observer", observer, "callable")
+        self.app = app
+        self.registry = registry
+        self.commit_when = commit_when
+        self.reader = reader
+        self.observer = observer
+        self.warned = False
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        outer = _unit_of(_peek(self.registry))
+        if outer is not None and outer.serves_this_thread():
+            environ[SESSION_KEY] = outer.session
+            return self.app(environ, start_response)
+        return _Attempt(self, environ, start_response).respond()
+
+    def warn_once(self, message: str) -> None:
+        if not self.warned:
+            self.warned = True
+            log.warning(message)
+
+
+def _require(condition: bool, name: str, given: object, wanted: str) -> None:
+    if not condition:
+        raise TypeError(f"{name} must be {wanted}, not {given!r}")
+
+
+@contextmanager
+def session_scope(registry: Registry) -> Iterator[Session]:
+    """Run one unit of work outside HTTP, in a script or a worker.
+
+    A new session is in *registry* while the block runs, even inside a request; what
+    was there is put back afterwards.  The end of the block commits, an exception
+    rolls back, and the session is removed.  It never retries.
+
+    :raises TransactionDoomed: where an error in the block was swallowed that undid
+        the work, or the session was closed while it held some.
+    :raises CommitOutcomeUnknown: where the answer to COMMIT was lost.
+    """
+    unit = _UnitOfWork(registry)
+    try:
+        with unit:
+            try:
+                yield unit.session
+            except BaseException:
+                unit.rollback()
+                raise
+            try:
+                unit.commit()
+            except BaseException:
+                log.exception("COMMIT failed")
+                unit.rollback()
+                raise
+    finally:
+        unit.close()
+
+
+def on_commit(session: Session | Registry, callback: Callable[[], object]) -> None:
+    """Run *callback* once, after the COMMIT that makes this session's work durable.
+
+    Callbacks run in the order of their registration, after the next COMMIT of
+    *session* (a Session, or the registry that holds it) and before the response is
+    complete.  A rollback drops them; one to a savepoint drops those registered since
+    the savepoint was taken.  They run with the session out of the registry, and what
+    they open there is removed after them.  One that raises is logged, and spoils
+    neither the response nor the others.
+
+    :raises RuntimeError: where neither a SessionMiddleware nor a session_scope runs
+        *session*.
+    """
+    found = _peek(session) if isinstance(session, scoped_session) else session
+    unit = _unit_of(found)
+    if found is None or unit is None:
+        raise RuntimeError(
+            f"on_commit: {session!r} has no session that a SessionMiddleware or a "
+            "session_scope runs, so nothing here would ever call the callback"
+        )
+    unit.callbacks.append((callback, found.get_nested_transaction()))
+
+
+class _Attempt:
+    """One call of the application, and what is promised to it.
+
+    It plays the server for the application: it keeps the head back until the
+    response may begin, and settles the unit of work exactly once.
+    """
+
+    def __init__(
+        self,
+        middleware: SessionMiddleware,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+    ) -> None:
+        self.middleware = middleware
+        self.environ = environ
+        self.server_start_response = start_response
+        self.method: str = environ.get("REQUEST_METHOD", "")
+        self.began = monotonic()
+        reader = middleware.reader if self.method in SAFE_METHODS else None
+        self.unit = _UnitOfWork(middleware.registry, joinable=True, reader=reader)
+        self.head: _Head | None = None
+        self.head_sent = False
+        self.settled = False
+        self.written: list[bytes] = []
+        environ[SESSION_KEY] = self.unit.session
+
+    def respond(self) -> Iterable[bytes]:
+        """Call the application; return what the server may send."""
+        try:
+            body = self.call_app()
+        except BaseException:
+            self.unit.close()
+            raise
+        if isinstance(body, _Body):
+            body.prime()
+        else:
+            self.unit.close()
+            self.send_head()
+        return body
+
+    def call_app(self) -> Iterable[bytes]:
+        with self.unit:
+            try:
+                body: Any = self.middleware.app(self.environ, self.start_response)
+                if self.written and type(body) in (list, tuple):
+                    body = [self.take_written(), *body]
+                if not _is_whole(body, self.environ):
+                    return _Body(self, body)
+            except BaseException as error:
+                self.roll_back(error)
+                raise
+            self.settle()
+            return body  # type: ignore[no-any-return]
+
+    def start_response(
+        self, status: str, headers: Headers, exc_info: Any = None, /
+    ) -> Callable[[bytes], object]:
+        """Keep the head (PEP 3333, "The start_response() Callable")."""
+        if exc_info is not None:
+            if self.head_sent:
+                raise exc_info[1].with_traceback(exc_info[2])
+        elif self.head is not None:
+            raise AssertionError("start_response was called again without exc_info (PEP 3333)")
+        self.head = _Head(self.method, status, headers, exc_info)
+        self.unit.watch_registry()
+        return self.write
+
+    def write(self, data: bytes) -> None:
+        """Keep what the legacy ``write()`` is given, to go in front of the body."""
+        if not isinstance(data, bytes):
+            raise TypeError(f"write() takes bytes, not {data!r} (PEP 3333)")
+        self.written.append(data)
+
+    def take_written(self) -> bytes:
+        data = b"".join(self.written)
+        self.written.clear()
+        return data
+
+    def send_head(self) -> None:
+        """Give the head to the server, which may refuse it by raising."""
+        head = self.head
+        if head is None:
+            return  # the server says itself what it thinks of a body without a head
+        self.head_sent = True
+        head.send(self.server_start_response)
+        if head.fault and commit_on_success(self.environ, head.status, head.seen):
+            # The work was rolled back because no server should send this head.
+            # One that would all the same must not answer success.
+            raise ValueError(f"the response was refused: {head.fault}")
+
+    def settle(self) -> None:
+        """End the transaction as the response wants it: COMMIT or ROLLBACK."""
+        try:
+            wanted = self.wants_commit()
+        except BaseException as error:
+            self.roll_back(error)
+            raise
+        if not wanted:
+            self.roll_back(None)
+            return
+        self.settled = True
+        try:
+            self.unit.commit()
+        except BaseException as error:
+            log.exception("%s %s: COMMIT failed", self.method, _path(self.environ))
+            self.unit.rollback()
+            self.report(error)
+            raise
+        self.report(None)
+
+    def roll_back(self, error: BaseException | None) -> None:
+        """End the transaction because of *error*, of the status, or of a client that left."""
+        if not self.settled:
+            self.settled = True
+            self.unit.rollback()
+            self.report(error)
+
+    def wants_commit(self) -> bool:
+        head = self.head
+        if head is None or head.fault:
+            return False
+        if not self.middleware.commit_when(self.environ, head.status, list(head.seen)):
+            return False
+        loss = self.unit.loss
+        if loss is not None and self.method in SAFE_METHODS and not self.unit.wrote:
+            self.middleware.warn_once(_removed(loss[1]))
+            return False
+        return True
+
+    def report(self, error: BaseException | None) -> None:
+        """Tell the log and the observer what became of the request."""
+        observer = self.middleware.observer
+        if observer is None and not log.isEnabledFor(logging.DEBUG):
+            return
+        action = self.unit.fate if self.unit.begun else "none"
+        status = None if self.head is None else self.head.status
+        path = _path(self.environ)
+        log.debug(
+            "%s %s %s %s", action, self.method, path, status if error is None else repr(error)
+        )
+        if observer is None:
+            return
+        seconds = monotonic() - self.began
+        outcome = Outcome(self.method, path, status, action, 1, seconds, error)
+        with _vacated(self.middleware.registry):
+            try:
+                observer(outcome)
+            except Exception:
+                log.exception("the observer failed on %r", outcome)
+
+
+class _Head:
+    """Status and headers as the application gave them, and what they mean to us."""
+
+    __slots__ = ("exc_info", "fault", "headers", "length", "seen", "status")
+
+    def __init__(self, method: str, status: str, headers: Headers, exc_info: Any) -> None:
+        # The server may change the list that it gets, so we read another.
+        self.seen = list(headers)
+        self.status = status
+        self.headers = headers if isinstance(headers, (list, tuple)) else list(self.seen)
+        self.exc_info = exc_info
+        self.fault = _fault(status, self.seen)
+        self.length = None if self.fault else _body_length(method, status, self.seen)
+
+    def send(self, start_response: StartResponse) -> None:
+        if self.exc_info is None:
+            start_response(self.status, self.headers)
+        else:
+            exc_info, self.exc_info = self.exc_info, None  # PEP 3333: no cycle of frames
+            start_response(self.status, self.headers, exc_info)
+
+
+class _Body:
+    """A response that is made while it is sent, and what is promised to the server.
+
+    An iterator with ``close()`` rather than a generator: a generator that is closed
+    before its first ``next()`` never runs its ``finally``.
+    """
+
+    def __init__(self, attempt: _Attempt, iterable: Iterable[bytes]) -> None:
+        self.attempt = attempt
+        self.iterable = iterable
+        self.iterator = iter(iterable)
+        self.first: Any = None
+        self.primed = False
+        self.received = 0
+        self.exhausted = False
+        self.closed = False
+        self.warned = False
+
+    def prime(self) -> None:
+        """Get the first chunk that has bytes, then send the head.
+
+        Inside the call, because some servers take the head between the call and the
+        first ``next()``.
+        """
+        try:
+            self.first = self.advance()
+            self.attempt.send_head()
+        except BaseException as error:
+            # The server gets no iterable, so closing the application's is left to us.
+            try:
+                self.close(error)
+            except Exception:
+                log.exception("close() failed")
+            raise
+        self.primed = True
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self.primed:
+            self.primed = False
+            chunk, self.first = self.first, None
+        else:
+            chunk = self.advance()
+        if chunk is _END:
+            raise StopIteration
+        return chunk  # type: ignore[no-any-return]
+
+    def advance(self) -> Any:
+        """Return the next chunk that may leave; _END after the last.
+
+        The chunk that completes the Content-Length may leave only when the
+        application has no more to say and its work is durable.
+        """
+        held = _END
+        while (chunk := self.take()) is not _END:
+            head = self.attempt.head
+            length = None if head is None else head.length
+            size = _size(chunk)
+            if size == 0:
+                if self.attempt.head_sent and held is _END:
+                    return chunk
+                continue  # before the first bytes it would make the server send the head
+            if length is not None and self.received >= length:
+                self.note_excess(size)
+                continue
+            self.received += size
+            held = chunk if held is _END else held + chunk
+            if length is None or self.received < length:
+                return held
+        return held
+
+    def take(self) -> Any:
+        """Take a chunk from the application; _END when it has ended and is settled."""
+        if self.exhausted:
+            return _END
+        attempt = self.attempt
+        with attempt.unit:
+            try:
+                chunk = next(self.iterator, _END)
+            except BaseException as error:
+                self.exhausted = True
+                attempt.roll_back(error)
+                raise
+            self.warn_if_long()
+            if chunk is _END:
+                self.exhausted = True
+                attempt.settle()
+        if attempt.written:
+            chunk = attempt.take_written() + (b"" if chunk is _END else chunk)
+        return chunk
+
+    def warn_if_long(self) -> None:
+        if not self.warned and self.attempt.unit.seconds_open() > LONG_TRANSACTION:
+            self.warned = True
+            log.warning(
+                "%s %s: a stream has kept its transaction open for more than %g s; a handler "
+                "with a long stream should commit before its first yield",
+                self.attempt.method,
+                _path(self.attempt.environ),
+                LONG_TRANSACTION,
+            )
+
+    def note_excess(self, size: int) -> None:
+        # A server must not send what a HEAD response has in its body (RFC 9110,
+        # 9.3.2), and many applications leave dropping it to the server.
+        if self.attempt.method != "HEAD":
+            log.warning(
+                "%s %s: %d bytes beyond the Content-Length were dropped",
+                self.attempt.method,
+                _path(self.attempt.environ),
+                size,
+            )
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End the request: PEP 3333 has the server call this, whatever happened.
+
+        Before the end of the body it rolls back.
+        """
+        if self.closed:
+            return
+        self.closed = self.exhausted = True
+        self.primed, self.first = False, None
+        attempt, unit = self.attempt, self.attempt.unit
+        try:
+            with unit:
+                try:
+                    self.warn_if_long()
+                    close = getattr(self.iterable, "close", None)
+                    if close is not None:
+                        close()
+                finally:
+                    if attempt.settled:
+                        unit.drop_late_work()
+                    attempt.roll_back(error)
+        finally:
+            unit.close()
+
+
+_END: Any = object()
+
+
+class _UnitOfWork:
+    """One session from its making to its removal.
+
+    ``with unit:`` shows the session in the registry, and afterwards puts back what
+    was there.  `commit`, `rollback` and `close` are the only ends it has.
+    """
+
+    def __init__(
+        self, registry: Registry, *, joinable: bool = False, reader: Engine | None = None
+    ) -> None:
+        self.registry = registry
+        self.session = _new_session(registry, reader)
+        self.joinable = joinable
+        self.thread: int | None = None
+        self.view: Session | None = self.session
+        self.aside: Session | None = None
+        self.begun = False
+        self.since = 0.0
+        self.connections: dict[Connection, Transaction | None] = {}
+        self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
+        self.callbacks: list[tuple[Callable[[], object], SessionTransaction | None]] = []
+        self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
+        self.committing = False
+        self.wrote = False
+        self.loss: tuple[SessionTransaction, str] | None = None
+        self.foreign: Session | None = None
+        self.session.info[_MARK] = self
+        _watch_sessions(type(self.session))
+
+    # The registry: the session is in it only while the application's code runs.
+
+    def __enter__(self) -> None:
+        self.thread = get_ident()
+        self.aside = _peek(self.registry)
+        _put(self.registry, self.view)
+
+    def __exit__(self, *exc_info: object) -> None:
+        # What the code leaves there, a session_scope that is still open for
+        # instance, is what it finds again when it goes on.
+        try:
+            self.view = _peek(self.registry)
+        finally:
+            _put(self.registry, self.aside)
+            self.aside = self.thread = None
+
+    def serves_this_thread(self) -> bool:
+        return self.joinable and self.thread == get_ident()
+
+    def watch_registry(self) -> None:
+        """Watch a session that has taken the place of ours: its work may be lost."""
+        found = _peek(self.registry)
+        if found is not None and _unit_of(found) is None:
+            found.info[_MARK] = self
+            self.foreign = found
+
+    # The transaction.
+
+    def seconds_open(self) -> float:
+        """How long the session has kept its transaction open."""
+        return monotonic() - self.since if self.connections else 0.0
+
+    def commit(self) -> None:
+        """Make the work durable, or raise.
+
+        :raises TransactionDoomed: where COMMIT would return for work that is lost.
+        :raises CommitOutcomeUnknown: where the answer to COMMIT was lost.
+        """
+        self.check_registry()
+        session = self.session
+        if session.in_transaction():
+            if not session.is_active:
+                raise _doomed("a flush failed") from self.last_error()
+            session.flush()  # first, so that what fails below is COMMIT itself
+            self.check_connections()
+            try:
+                session.commit()
+            except BaseException as error:
+                self.judge(error)
+                raise
+        self.fate = "commit"
+        self.run_callbacks()
+
+    def judge(self, error: BaseException) -> None:
+        """Find out what the failure of ``Session.commit()`` has left behind."""
+        self.fate = self.fate_after(error)
+        if self.fate == "commit":
+            self.run_callbacks()
+        elif self.fate == "unknown" and isinstance(error, Exception):
+            raise CommitOutcomeUnknown(
+                "COMMIT was sent, but whether it took effect is not known"
+            ) from error
+
+    def check_registry(self) -> None:
+        """Refuse to commit where work went to a session that was closed, or is not ours."""
+        if self.loss is not None:
+            raise TransactionDoomed(_removed(self.loss[1]))
+        found = _peek(self.registry)
+        if found is None or found is self.session or not found.in_transaction():
+            return
+        unit = _unit_of(found)
+        if unit is None or unit is self:
+            raise TransactionDoomed(
+                "the registry no longer holds this request's session, so work would be "
+                "lost: the application removed it and went on, or the registry's scope "
+                "changed while the request ran"
+            )
+
+    def check_connections(self) -> None:
+        """Refuse to commit a transaction that the database has already given up."""
+        for connection in self.connections:
+            if connection.invalidated:
+                raise _doomed("the connection was lost") from self.last_error()
+            error, undone = self.errors.get(connection.get_transaction(), (None, False))
+            if undone or _is_aborted(connection, error):
+                raise _doomed("an error of the database was swallowed") from error
+
+    def fate_after(self, error: BaseException) -> Literal["commit", "rollback", "unknown"]:
+        # SQLAlchemy takes a transaction from its connection when COMMIT returned, and
+        # leaves it there, inactive, when COMMIT raised.
+        left = [
+            own
+            for connection, own in self.connections.items()
+            if own in (connection.get_nested_transaction(), connection.get_transaction())
+        ]
+        if len(left) < len(self.connections):
+            return "unknown" if left else "commit"  # a hook that runs after COMMIT raised
+        if all(own is None or own.is_active for own in left):
+            return "rollback"  # a hook that runs before COMMIT raised
+        return "unknown" if _leaves_commit_unknown(error) else "rollback"
+
+    def rollback(self) -> None:
+        """Undo the work; a failure to do so is logged, and the connections discarded."""
+        session = self.session
+        try:
+            if session.in_transaction():
+                if self.fate == "unknown" or self.lost_its_node():
+                    session.invalidate()
+                else:
+                    session.rollback()
+        except Exception:
+            log.exception("ROLLBACK failed")
+            self.discard_connections()
+
+    def lost_its_node(self) -> bool:
+        return any(_code(error) in _NODE_LOST for error, _ in self.errors.values())
+
+    def drop_late_work(self) -> None:
+        if self.session.in_transaction():
+            log.warning("work done in close(), after the end of the response, is rolled back")
+            self.rollback()
+
+    def close(self) -> None:
+        """Let go of the session, and of one that took its place in the registry."""
+        self.session.info.pop(_MARK, None)
+        if self.foreign is not None:
+            self.foreign.info.pop(_MARK, None)
+        left, self.view = self.view, None
+        if left is not None and left is not self.session and _unit_of(left) is None:
+            _close_quietly(left)
+        self.errors.clear()
+        if self.begun or self.session.in_transaction():  # close() of an unused one is not free
+            _close_quietly(self.session)
+            self.discard_connections()
+
+    def discard_connections(self) -> None:
+        """Close what SQLAlchemy failed to close, before another request gets it."""
+        for connection in self.connections:
+            try:
+                if not connection.closed:
+                    connection.invalidate()
+                    connection.close()
+            except Exception:
+                log.exception("a connection could not be discarded")
+        self.connections.clear()
+
+    def last_error(self) -> BaseException | None:
+        errors = list(self.errors.values())
+        return errors[-1][0] if errors else None
+
+    # What the listeners below call.
+
+    def joined(self, connection: Connection) -> None:
+        self.begun = True
+        self.since = monotonic()
+        self.connections[connection] = (
+            connection.get_nested_transaction() or connection.get_transaction()
+        )
+        connection.info[_MARK] = weakref.ref(self)
+        _watch_errors(connection)
+
+    def failed(self, connection: Connection, error: BaseException) -> None:
+        transaction = connection.get_transaction()
+        undone = self.errors.get(transaction, (None, False))[1]
+        # 25P02 only repeats that an earlier error aborted the transaction.
+        if not undone and _code(error) != "25P02":
+            self.errors[transaction] = (error, _undoes_transaction(connection, error))
+
+    def ended(self, transaction: SessionTransaction) -> None:
+        """A transaction of the session is over: committed, rolled back or closed."""
+        self.connections.clear()
+        if self.committing:
+            self.committing = False
+            self.run_callbacks()
+        else:
+            self.callbacks.clear()
+            self.loss = self.loss or (transaction, _caller())
+
+    def rolled_back(self, transaction: SessionTransaction) -> None:
+        if self.loss is not None and self.loss[0] is transaction:
+            self.loss = None
+        if transaction.nested:
+            self.callbacks = [
+                entry for entry in self.callbacks if not _within(entry[1], transaction)
+            ]
+
+    def released(self, savepoint: SessionTransaction | None) -> None:
+        """A savepoint's callbacks become those of what it was taken in."""
+        parent = None if savepoint is None else savepoint.parent
+        self.callbacks = [
+            (callback, parent if taken_in is savepoint else taken_in)
+            for callback, taken_in in self.callbacks
+        ]
+
+    def run_callbacks(self) -> None:
+        callbacks, self.callbacks = self.callbacks, []
+        if not callbacks:
+            return
+        with _vacated(self.registry):
+            for callback, _ in callbacks:
+                try:
+                    callback()
+                except Exception:
+                    log.exception("on_commit callback %r failed", callback)
+
+
+# Sessions and registries.
+
+_MARK = "sessionscope"
+"""Key in ``Session.info`` of its unit, and in ``Connection.info`` of a weak reference to it."""
+
+
+def _unit_of(session: Session | None) -> _UnitOfWork | None:
+    return None if session is None else session.info.get(_MARK)
+
+
+def _new_session(registry: Registry, reader: Engine | None) -> Session:
+    factory: Callable[..., Session] = registry.session_factory
+    if reader is None or isinstance(getattr(factory, "kw", {}).get("bind"), Connection):
+        return factory()
+    return factory(bind=reader)
+
+
+def _peek(registry: Registry) -> Session | None:
+    """The session in the registry; unlike ``registry()`` it makes none."""
+    scope = registry.registry
+    return scope() if scope.has() else None
+
+
+def _put(registry: Registry, session: Session | None) -> None:
+    if session is None:
+        registry.registry.clear()
+    else:
+        registry.registry.set(session)
+
+
+@contextmanager
+def _vacated(registry: Registry) -> Iterator[None]:
+    """Empty the registry for code that is not the request's, and clean up after it."""
+    inside = _peek(registry)
+    _put(registry, None)
+    try:
+        yield
+    finally:
+        opened = _peek(registry)
+        _put(registry, inside)
+        if opened is not None:
+            _close_quietly(opened)
+
+
+def _close_quietly(session: Session) -> bool:
+    try:
+        session.close()
+    except Exception:
+        log.exception("a session could not be closed")
+        return False
+    return True
+
+
+def _within(savepoint: SessionTransaction | None, outer: SessionTransaction) -> bool:
+    while savepoint is not None and savepoint is not outer:
+        savepoint = savepoint.parent
+    return savepoint is not None
+
+
+def _doomed(reason: str) -> TransactionDoomed:
+    return TransactionDoomed(
+        f"{reason}, and the application went on as if its transaction were whole; it was "
+        "rolled back. Roll back yourself, or to a savepoint, where you handle such an error"
+    )
+
+
+def _removed(place: str) -> str:
+    return (
+        f"{place} closed or removed the session while it held a transaction, which threw its "
+        "work away; delete that line: the session is removed when the response is complete"
+    )
+
+
+# Listeners.  Each is one function for the whole process and is added once to a session
+# class or a dialect, so nothing of a middleware outlives it, and no engine that none of
+# our sessions used is slowed.  handle_error costs nothing until there is an error;
+# connection events would slow every statement.
+
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()
+_watching = Lock()
+
+
+def _watch_sessions(session_class: type[Session]) -> None:
+    if session_class not in _watched:
+        with _watching:
+            for listener in (
+                _after_begin,
+                _after_commit,
+                _after_soft_rollback,
+                _after_transaction_end,
+                _after_flush,
+                _transient_to_pending,
+            ):
+                event.listen(session_class, listener.__name__[1:], listener)
+            _watched.add(session_class)
+
+
+def _watch_errors(connection: Connection) -> None:
+    if connection.dialect not in _watched:
+        with _watching:
+            event.listen(connection.engine, "handle_error", _handle_error)
+            _watched.add(connection.dialect)
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    unit = _unit_of(session)
+    if unit is not None and unit.session is session and not transaction.nested:
+        unit.joined(connection)
+
+
+def _after_commit(session: Session) -> None:
+    unit = _unit_of(session)
+    if unit is not None:
+        if session.in_nested_transaction():
+            unit.released(session.get_nested_transaction())
+        else:
+            unit.committing = True
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    unit = _unit_of(session)
+    if unit is not None and transaction.parent is None:
+        unit.ended(transaction)
+
+
+def _after_soft_rollback(session: Session, previous_transaction: SessionTransaction) -> None:
+    # Comes after the end of the transaction; a close() has no such event.
+    unit = _unit_of(session)
+    if unit is not None:
+        unit.rolled_back(previous_transaction)
+
+
+def _after_flush(session: Session, flush_context: object) -> None:
+    unit = _unit_of(session)
+    if unit is not None:
+        unit.wrote = True
+
+
+def _transient_to_pending(session: Session, instance: object) -> None:
+    unit = _unit_of(session)
+    if unit is not None:
+        unit.wrote = True
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    reference = connection.info.get(_MARK)
+    unit = None if reference is None else reference()
+    if unit is not None:
+        unit.failed(connection, context.sqlalchemy_exception or context.original_exception)
+
+
+def _caller() -> str:
+    """File and line of the code that called into SQLAlchemy."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__ and module.partition(".")[0] != "sqlalchemy":
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+# Responses.
+
+_LENGTH = re.compile(r"[0-9]{1,19}")
+_CONTROL = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+
+
+def _fault(status: str, headers: Headers) -> str | None:
+    """Say what a server would refuse in a head only when it gets it (PEP 3333, "Unicode
+    Issues"; RFC 9110, 5.5), or None."""
+    try:
+        text = "\t".join([status, *(part for header in headers for part in header)])
+    except TypeError:
+        return "status and headers must be native strings"
+    found = _CONTROL.search(text)
+    return f"it has {found[0]!r} in its status or headers" if found else None
+
+
+def _body_length(method: str, status: str, headers: Headers) -> int | None:
+    """After how many bytes the response is complete; None where only its end tells."""
+    if method == "HEAD" or (isinstance(status, str) and status[:3] in ("204", "304")):
+        return 0
+    lengths = []
+    for header in headers:
+        if header[0].lower() == "content-length":
+            value = header[-1]
+            if _LENGTH.fullmatch(value):
+                lengths.append(int(value))
+    return min(lengths, default=None)
+
+
+def _is_whole(body: object, environ: WSGIEnvironment) -> bool:
+    """Tell whether iterating *body* runs none of the application's code."""
+    if type(body) in (list, tuple):
+        return True
+    if not hasattr(body, "__iter__") and not hasattr(body, "__getitem__"):
+        return True  # no body at all: the server shall say so
+    wrapper = environ.get("wsgi.file_wrapper")
+    if isinstance(wrapper, type):
+        return isinstance(body, wrapper)
+    # uWSGI's wrapper is a function that returns the file itself.
+    return wrapper is not None and isinstance(body, io.IOBase)
+
+
+def _size(chunk: Any) -> int:
+    """Length of a chunk; one without a length is the server's to refuse, so not empty."""
+    return len(chunk) if hasattr(chunk, "__len__") else 1
+
+
+def _path(environ: WSGIEnvironment) -> str:
+    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    return quote(path, safe="/;=,", encoding="latin-1")
+
+
+# What drivers and databases tell of their errors: psycopg and psycopg2 a SQLSTATE,
+# sqlite3 a name, PyMySQL and mysqlclient a number.
+
+_UNKNOWN_AT_COMMIT = frozenset({"40003", "08007", 2013, 1180, 1047})
+_NODE_LOST = frozenset({1047, 1180})  # Galera, outside the primary component
+_MARIADB_UNDOES = frozenset({1213, 1206, 1637})  # deadlock, lock table full, too many
+_SQLITE_UNDOES = re.compile(r"SQLITE_(FULL|IOERR|NOMEM|BUSY|INTERRUPT|CONSTRAINT)")
+
+
+def _code(error: BaseException | None) -> str | int | None:
+    """SQLSTATE, error name or error number of a driver's error."""
+    original = getattr(error, "orig", error)
+    for name in ("sqlstate", "pgcode", "sqlite_errorname"):
+        code = getattr(original, name, None)
+        if isinstance(code, str):
+            return code
+    arguments = getattr(original, "args", ())
+    return arguments[0] if arguments and isinstance(arguments[0], int) else None
+
+
+def _undoes_transaction(connection: Connection, error: BaseException) -> bool:
+    """Tell whether the engine answered *error* by undoing the whole transaction."""
+    code = _code(error)
+    if connection.dialect.name == "sqlite":
+        # https://www.sqlite.org/lang_transaction.html, "Response To Errors Within A
+        # Transaction": these errors may roll back, and the driver knows whether they did.
+        return (
+            isinstance(code, str)
+            and _SQLITE_UNDOES.match(code) is not None
+            and not _driver(connection).in_transaction
+        )
+    return connection.dialect.name in ("mysql", "mariadb") and code in _MARIADB_UNDOES
+
+
+def _is_aborted(connection: Connection, error: BaseException | None) -> bool:
+    """Tell whether COMMIT would be answered with a silent ROLLBACK, as PostgreSQL does."""
+    info = getattr(_driver(connection), "info", None)
+    status = getattr(info, "transaction_status", None)
+    if status is not None:
+        return bool(status == 3)  # INERROR: libpq's PQTRANS_INERROR
+    if error is None or connection.dialect.name in ("sqlite", "mysql", "mariadb"):
+        return False
+    try:
+        connection.execute(select(1))  # a driver that does not know: ask the server
+    except DBAPIError:
+        return True
+    return False
+
+
+def _driver(connection: Connection) -> Any:
+    return connection.connection.dbapi_connection
+
+
+def _leaves_commit_unknown(error: BaseException) -> bool:
+    """Tell whether COMMIT may have taken effect although it raised *error*."""
+    if not isinstance(error, DBAPIError) or error.connection_invalidated:
+        return True
+    code = _code(error)
+    if code is None:
+        return not isinstance(error, IntegrityError)
+    return code in _UNKNOWN_AT_COMMIT or str(code).startswith("SQLITE_IOERR")

@@ -1,0 +1,89 @@
+"""Packaging: install the middleware alone, under one unique name.
+
+The repository is flat so that it can be read and run in place.  Its module names are
+too common for a shared site-packages, so the wheel carries only ``middleware.py``, as
+``sessionscope.middleware``; the item service stays here.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+SHIPPED = {"middleware"}
+
+APP = ["msgspec>=0.19", "waitress>=3.0", "WebOb>=1.8.9"]
+POSTGRESQL = ["psycopg[binary]>=3.1"]
+MYSQL = ["PyMySQL>=1.1"]
+TEST = [
+    *APP,
+    *POSTGRESQL,
+    *MYSQL,
+    "bottle>=0.13",
+    "coverage>=7.10",
+    "Django>=5.2",
+    "falcon>=4",
+    "Flask>=3.1",
+    "granian>=2",
+    "gunicorn>=23",
+    "hypothesis>=6.100",
+    "pyramid>=2",
+    "pytest>=8",
+    "pyuwsgi>=2.0.28",
+    "sybil>=9",
+    "WebTest>=3.0",
+]
+DEV = [
+    *TEST,
+    "build>=1.2",
+    "mypy>=1.15",
+    "ruff>=0.9",
+    "types-PyMySQL",
+    "types-waitress",
+    "types-WebOb",
+]
+
+
+class build_shipped(build_py):
+    """Copy the modules named in SHIPPED and no other file of the root."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        return [entry for entry in found if entry[1] in SHIPPED]
+
+
+setup(
+    name="sessionscope",
+    version="0.1.0",
+    description="One SQLAlchemy session per WSGI request, and a 2xx that can be trusted",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["sessionscope"],
+    package_dir={"sessionscope": "."},
+    package_data={"sessionscope": ["py.typed"]},
+    cmdclass={"build_py": build_shipped},
+    install_requires=["SQLAlchemy>=2.0.30"],
+    extras_require={
+        "app": APP,
+        "postgresql": POSTGRESQL,
+        "mysql": MYSQL,
+        "test": TEST,
+        "dev": DEV,
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Framework :: Flask",
+        "Framework :: Pyramid",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Database",
+        "Topic :: Internet :: WWW/HTTP :: WSGI :: Middleware",
+        "Typing :: Typed",
+    ],
+)
