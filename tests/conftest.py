@@ -1,0 +1,105 @@
+"""Fixtures: real databases, a registry on each, and the proof that nothing was left open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import databases
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from models import Base, make_engine
+
+CI = os.environ.get("CI") == "true"
+"""CI requires every database server; elsewhere the tests of a missing one are skipped."""
+
+
+def server_url(name: str, server: AbstractContextManager[str]) -> Iterator[str]:
+    try:
+        url = server.__enter__()
+    except databases.Missing as missing:
+        if CI:
+            raise
+        pytest.skip(f"left out, no {name} here: {missing}")
+    try:
+        yield url
+    finally:
+        server.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    yield from server_url("PostgreSQL", databases.postgresql())
+
+
+@pytest.fixture(scope="session")
+def mariadb_url() -> Iterator[str]:
+    yield from server_url("MariaDB", databases.mariadb())
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/items.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def any_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database, for each engine in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+def engine_at(url: str) -> Iterator[Engine]:
+    engine = make_engine(url)
+    Base.metadata.create_all(engine)
+    yield engine
+    left = engine.pool.checkedout()  # type: ignore[attr-defined]
+    engine.dispose()
+    outside = make_engine(url)
+    Base.metadata.drop_all(outside)
+    outside.dispose()
+    assert left == 0, "a connection was not returned to its pool"
+
+
+@pytest.fixture
+def engine(sqlite_url: str) -> Iterator[Engine]:
+    """A SQLite file with the tables; at the end no connection may be out."""
+    yield from engine_at(sqlite_url)
+
+
+@pytest.fixture
+def any_engine(any_url: str) -> Iterator[Engine]:
+    """The same on each engine in turn."""
+    yield from engine_at(any_url)
+
+
+@pytest.fixture
+def outside(sqlite_url: str, engine: Engine) -> Iterator[Engine]:
+    """A second engine on the same file, to see what is durable."""
+    second = make_engine(sqlite_url)
+    yield second
+    second.dispose()
+
+
+def registry_for(engine: Engine) -> Iterator[scoped_session[Session]]:
+    registry = scoped_session(sessionmaker(engine))
+    yield registry
+    left = registry.registry.has()
+    registry.remove()
+    assert not left, "a session was left in the registry"
+
+
+@pytest.fixture
+def registry(engine: Engine) -> Iterator[scoped_session[Session]]:
+    """A registry on the SQLite file; at the end it must be empty."""
+    yield from registry_for(engine)
+
+
+@pytest.fixture
+def any_registry(any_engine: Engine) -> Iterator[scoped_session[Session]]:
+    """The same on each engine in turn."""
+    yield from registry_for(any_engine)
