@@ -47,7 +47,12 @@ def names(engine: Engine) -> list[str | None]:
 
 
 def environ(method: str = "GET", path: str = "/", **more: Any) -> WSGIEnvironment:
-    made: WSGIEnvironment = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": ""}
+    made: WSGIEnvironment = {
+        "REQUEST_METHOD": method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": path,
+        "QUERY_STRING": "",
+    }
     setup_testing_defaults(made)
     made.setdefault("wsgi.input", io.BytesIO())
     made.update(more)
@@ -121,17 +126,24 @@ def serve_once(app: WSGIApplication, request: WSGIEnvironment | None = None) -> 
 @contextmanager
 def serving(app: WSGIApplication, **options: Any) -> Iterator[int]:
     """Serve *app* with waitress on a free port of loopback."""
-    server = create_server(app, host="127.0.0.1", port=0, threads=4, **options)
-    thread = threading.Thread(target=server.run)
+    server: Any = create_server(app, host="127.0.0.1", port=0, threads=4, **options)
+    stopping = threading.Event()
+
+    def run() -> None:
+        while not stopping.is_set():
+            wasyncore.loop(timeout=PATIENCE, map=server._map, count=1)
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         yield int(server.effective_port)
     finally:
         server.task_dispatcher.shutdown()
-        # The loop ends when nothing is left to wait for; closing is its own thread's work.
-        server.trigger.pull_trigger(lambda: wasyncore.close_all(server._map, True))
+        stopping.set()
+        server.pull_trigger()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+        wasyncore.close_all(server._map, True)
 
 
 @dataclass
