@@ -130,7 +130,7 @@ def serving(app: WSGIApplication, **options: Any) -> Iterator[int]:
     stopping = threading.Event()
 
     def run() -> None:
-        while not stopping.is_set():
+        while server.active_channels or not stopping.is_set():  # clients have hung up by then
             wasyncore.loop(timeout=PATIENCE, map=server._map, count=1)
 
     thread = threading.Thread(target=run)

@@ -12,14 +12,15 @@ from shapes import CONTENTS, SHAPES, WHOLE
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session
-from support import Answer, Server, environ, fetch, names, refuse_commit, serve_once, serving, text
+from support import Server, environ, fetch, names, refuse_commit, serve_once, serving
 
 from middleware import SessionMiddleware
 from models import Item
 
 if TYPE_CHECKING:
-    from shapes import Shape
     from wsgiref.types import WSGIApplication
+
+    from shapes import Shape
 
 Registry = scoped_session[Session]
 
@@ -159,7 +160,7 @@ def test_the_servers_file_wrapper_is_handed_on_as_it_is(registry: Registry) -> N
 
     app = SHAPES["file wrapper"](bool, "200 OK", [b"hello"], False)
     reply = serve_once(
-        SessionMiddleware(app, registry), environ(**{"wsgi.file_wrapper": FileWrapper})
+        SessionMiddleware(app, registry), {**environ(), "wsgi.file_wrapper": FileWrapper}
     )
     assert type(reply.body) is FileWrapper
 
@@ -167,7 +168,7 @@ def test_the_servers_file_wrapper_is_handed_on_as_it_is(registry: Registry) -> N
 def test_a_file_from_a_wrapper_function_is_handed_on_as_it_is(registry: Registry) -> None:
     """Where the server's wrapper is a function that returns the file, the file is handed on."""
     app = SHAPES["file wrapper"](bool, "200 OK", [b"hello"], False)
-    request = environ(**{"wsgi.file_wrapper": lambda file: file})
+    request = {**environ(), "wsgi.file_wrapper": lambda file: file}
     reply = serve_once(SessionMiddleware(app, registry), request)
     assert type(reply.body) is io.BytesIO
 
