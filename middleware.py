@@ -1019,19 +1019,22 @@ def _path(environ: WSGIEnvironment) -> str:
 
 _UNKNOWN_AT_COMMIT = frozenset({"40003", "08007", 2013, 1180, 1047})
 _NODE_LOST = frozenset({1047, 1180})  # Galera, outside the primary component
-_MARIADB_UNDOES = frozenset({1213, 1206, 1637})  # deadlock, lock table full, too many
+# Deadlock, changed since the snapshot, lock table full, too many transactions.
+_MARIADB_UNDOES = frozenset({1213, 1020, 1206, 1637})
 _SQLITE_UNDOES = re.compile(r"SQLITE_(FULL|IOERR|NOMEM|BUSY|INTERRUPT|CONSTRAINT)")
 
 
 def _code(error: BaseException | None) -> str | int | None:
-    """SQLSTATE, error name or error number of a driver's error."""
+    """Error number, SQLSTATE or error name of a driver's error; None where it has none."""
     original = getattr(error, "orig", error)
+    arguments = getattr(original, "args", ())
+    if arguments and isinstance(arguments[0], int):
+        return arguments[0]
     for name in ("sqlstate", "pgcode", "sqlite_errorname"):
         code = getattr(original, name, None)
         if isinstance(code, str):
             return code
-    arguments = getattr(original, "args", ())
-    return arguments[0] if arguments and isinstance(arguments[0], int) else None
+    return None
 
 
 def _undoes_transaction(connection: Connection, error: BaseException) -> bool:

@@ -11,8 +11,9 @@ import databases
 import pytest
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from support import drop_tables, make_tables
 
-from models import Base, make_engine
+from models import make_engine
 
 CI = os.environ.get("CI") == "true"
 """CI requires every database server; elsewhere the tests of a missing one are skipped."""
@@ -55,12 +56,12 @@ def any_url(request: pytest.FixtureRequest) -> str:
 
 def engine_at(url: str) -> Iterator[Engine]:
     engine = make_engine(url)
-    Base.metadata.create_all(engine)
+    make_tables(engine)
     yield engine
     left = engine.pool.checkedout()  # type: ignore[attr-defined]
     engine.dispose()
     outside = make_engine(url)
-    Base.metadata.drop_all(outside)
+    drop_tables(outside)
     outside.dispose()
     assert left == 0, "a connection was not returned to its pool"
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
-from sqlalchemy import Column, Engine, ForeignKey, Integer, Table, insert, select
+from sqlalchemy import Column, Engine, ForeignKey, Integer, MetaData, Table, insert, select
 from sqlalchemy.orm import Session, scoped_session
 from waitress import wasyncore
 from waitress.server import create_server
 
-from models import Base, Item
+from models import Base, Item, create_tables
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -28,11 +28,23 @@ PATIENCE = 60.0
 
 debts = Table(
     "debts",
-    Base.metadata,
+    MetaData(),
     Column("id", Integer, primary_key=True),
-    Column("item_id", ForeignKey("items.id", deferrable=True, initially="DEFERRED")),
+    Column("item_id", ForeignKey(Item.__table__.c.id, deferrable=True, initially="DEFERRED")),
 )
 """A row that refers to no item is refused by COMMIT, and by nothing before it."""
+
+
+def make_tables(engine: Engine) -> None:
+    """Create the items, and the debts where the engine knows deferred constraints."""
+    create_tables(engine)
+    if engine.dialect.name not in ("mysql", "mariadb"):
+        debts.create(engine)
+
+
+def drop_tables(engine: Engine) -> None:
+    debts.drop(engine, checkfirst=True)
+    Base.metadata.drop_all(engine)
 
 
 def refuse_commit(session: Session | Registry) -> None:

@@ -1,0 +1,503 @@
+"""A COMMIT that would return although the work is lost is never sent.
+
+What each engine does after an error that the application swallowed was tried on real
+servers; these tests make it happen again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, insert, update
+from sqlalchemy import text as sql
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from support import PATIENCE, debts, drop_tables, environ, make_tables, names, serve_once, text
+
+from middleware import (
+    CommitOutcomeUnknown,
+    SessionMiddleware,
+    TransactionDoomed,
+    session_scope,
+)
+from models import Item, make_engine
+
+Registry = scoped_session[Session]
+
+
+def post(work: Callable[[], object], registry: Registry, status: str = "200 OK") -> None:
+    serve_once(
+        SessionMiddleware(text(b"fine", status=status, before=work), registry), environ("POST")
+    )
+
+
+def add(registry: Registry, name: str) -> None:
+    registry.execute(insert(Item).values(name=name))
+
+
+def fail(registry: Registry) -> None:
+    """Make a plain error of the database, and swallow it."""
+    add(registry, "seven")
+    key = registry.scalar(sql("SELECT max(id) FROM items"))
+    with suppress(IntegrityError):
+        registry.execute(insert(Item).values(id=key, name="twice"))
+
+
+# PostgreSQL: any error aborts the transaction, and COMMIT is answered with a ROLLBACK.
+
+
+@pytest.fixture
+def postgresql(postgresql_url: str) -> Iterator[Engine]:
+    engine = make_engine(postgresql_url)
+    make_tables(engine)
+    yield engine
+    drop_tables(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def pg_registry(postgresql: Engine) -> Registry:
+    return scoped_session(sessionmaker(postgresql))
+
+
+def test_postgresql_a_swallowed_error_is_no_success(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """After a swallowed error a 200 is refused, with the error as the cause."""
+    with pytest.raises(TransactionDoomed) as caught:
+        post(lambda: fail(pg_registry), pg_registry)
+    assert isinstance(caught.value.__cause__, IntegrityError)
+    assert names(postgresql) == []
+
+
+def test_postgresql_the_cause_is_the_first_error(postgresql: Engine, pg_registry: Registry) -> None:
+    """Errors that only repeat that the transaction is aborted do not hide the first."""
+
+    def work() -> None:
+        fail(pg_registry)
+        with suppress(DBAPIError):
+            add(pg_registry, "afterwards")
+
+    with pytest.raises(TransactionDoomed) as caught:
+        post(work, pg_registry)
+    assert isinstance(caught.value.__cause__, IntegrityError)
+
+
+def test_postgresql_an_error_on_the_drivers_own_cursor_counts(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """An error that never passed through SQLAlchemy dooms the transaction all the same."""
+
+    def work() -> None:
+        add(pg_registry, "gone")
+        driver: Any = pg_registry.connection().connection.dbapi_connection
+        with suppress(driver.ProgrammingError), driver.cursor() as cursor:
+            cursor.execute("SELECT nonsense")
+
+    with pytest.raises(TransactionDoomed):
+        post(work, pg_registry)
+    assert names(postgresql) == []
+
+
+def test_postgresql_a_rollback_makes_it_sound(postgresql: Engine, pg_registry: Registry) -> None:
+    """When the application rolled back after the error, what follows is committed."""
+
+    def work() -> None:
+        fail(pg_registry)
+        pg_registry.rollback()
+        add(pg_registry, "kept")
+
+    post(work, pg_registry)
+    assert names(postgresql) == ["kept"]
+
+
+def test_postgresql_an_older_savepoint_makes_it_sound(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """A rollback to a savepoint older than the error keeps what was before it."""
+
+    def work() -> None:
+        add(pg_registry, "kept")
+        savepoint = pg_registry.begin_nested()
+        fail(pg_registry)
+        savepoint.rollback()
+        add(pg_registry, "too")
+
+    post(work, pg_registry)
+    assert names(postgresql) == ["kept", "too"]
+
+
+def test_postgresql_a_failed_flush_is_no_success(postgresql: Engine, pg_registry: Registry) -> None:
+    """A flush that failed and was swallowed is doomed, with its error as the cause."""
+
+    def work() -> None:
+        pg_registry.add(Item(name="longer than sixteen characters"))
+        with suppress(DBAPIError):
+            pg_registry.flush()
+
+    with pytest.raises(TransactionDoomed) as caught:
+        post(work, pg_registry)
+    assert isinstance(caught.value.__cause__, DBAPIError)
+
+
+def test_postgresql_a_doomed_savepoint_of_an_outer_transaction(
+    postgresql: Engine,
+) -> None:
+    """Where the session joined an outer transaction, its own savepoint is what is doomed."""
+    with postgresql.connect() as connection:
+        outer = connection.begin()
+        connection.execute(insert(Item).values(name="outer"))
+        registry = scoped_session(
+            sessionmaker(bind=connection, join_transaction_mode="create_savepoint")
+        )
+        with pytest.raises(TransactionDoomed):
+            post(lambda: fail(registry), registry)
+        post(lambda: add(registry, "kept"), registry)
+        outer.commit()
+    assert names(postgresql) == ["outer", "kept"]
+
+
+def test_postgresql_a_lost_connection_is_no_success(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """Work on a connection that died, unnoticed by the application, is no success."""
+
+    def work() -> None:
+        add(pg_registry, "gone")
+        with suppress(DBAPIError):
+            pg_registry.execute(sql("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    with pytest.raises(TransactionDoomed):
+        post(work, pg_registry)
+    assert names(postgresql) == []
+
+
+def test_postgresql_a_connection_lost_in_commit_leaves_it_unknown(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """A connection that dies while COMMIT runs is neither success nor failure."""
+
+    def work() -> None:
+        registry = pg_registry
+        pid = registry.scalar(sql("SELECT pg_backend_pid()"))
+        registry.execute(
+            sql("""
+            CREATE FUNCTION pg_temp.die() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$
+            """)
+        )
+        registry.execute(
+            sql("""
+            CREATE CONSTRAINT TRIGGER die AFTER INSERT ON items
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION pg_temp.die()
+            """)
+        )
+        add(registry, f"of {pid}")
+
+    with pytest.raises(CommitOutcomeUnknown) as caught:
+        post(work, pg_registry)
+    assert isinstance(caught.value.__cause__, OperationalError)
+
+
+def test_postgresql_two_phases_prepare_before_they_commit(
+    postgresql: Engine, postgresql_url: str
+) -> None:
+    """With twophase=True a refused PREPARE rolls both databases back: nothing is unknown."""
+    second = make_engine(postgresql_url)
+    registry = scoped_session(sessionmaker(binds={Item: postgresql, debts: second}, twophase=True))
+
+    def work() -> None:
+        registry.add(Item(name="gone"))
+        registry.flush()
+        registry.execute(insert(debts).values(item_id=-1))
+
+    with pytest.raises(DBAPIError):
+        post(work, registry)
+    assert names(postgresql) == []
+    second.dispose()
+
+
+# MariaDB and MySQL: a deadlock undoes the whole transaction, other errors their statement.
+
+
+@pytest.fixture
+def mariadb(mariadb_url: str) -> Iterator[Engine]:
+    engine = make_engine(mariadb_url)
+    make_tables(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(Item), [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}])
+    yield engine
+    drop_tables(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def maria_registry(mariadb: Engine) -> Registry:
+    return scoped_session(sessionmaker(mariadb))
+
+
+def rename(connection: Any, key: int, name: str) -> None:
+    connection.execute(update(Item).where(Item.id == key).values(name=name))
+
+
+def wait_until_one_waits(engine: Engine) -> None:
+    """Return when a transaction of *engine*'s server waits for a lock."""
+    waiting = sql(
+        "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+    )
+    deadline = monotonic() + PATIENCE
+    with engine.connect() as connection:
+        while not connection.scalar(waiting):
+            assert monotonic() < deadline
+            connection.rollback()
+
+
+def deadlock(engine: Engine, registry: Registry) -> None:
+    """Lose a deadlock against another connection, and swallow the error."""
+    with engine.connect() as other:
+        # The transaction that wrote less is the victim.
+        other.execute(insert(Item), [{"name": "other"} for _ in range(50)])
+        rename(other, 2, "other")
+        rename(registry, 1, "mine")
+        waiting = threading.Thread(target=rename, args=(other, 1, "other"))
+        waiting.start()
+        wait_until_one_waits(engine)
+        with suppress(OperationalError):
+            rename(registry, 2, "mine")
+        waiting.join(PATIENCE)
+        other.rollback()
+
+
+def test_mariadb_a_swallowed_deadlock_is_no_success(
+    mariadb: Engine, maria_registry: Registry
+) -> None:
+    """After a swallowed deadlock a 200 is refused, though COMMIT would keep what came after."""
+
+    def work() -> None:
+        add(maria_registry, "before")
+        deadlock(mariadb, maria_registry)
+        add(maria_registry, "after")
+
+    with pytest.raises(TransactionDoomed) as caught:
+        post(work, maria_registry)
+    assert isinstance(caught.value.__cause__, OperationalError)
+    assert names(mariadb) == ["one", "two"]
+
+
+def test_mariadb_a_rollback_makes_it_sound(mariadb: Engine, maria_registry: Registry) -> None:
+    """When the application rolled back after the deadlock, what follows is committed."""
+
+    def work() -> None:
+        deadlock(mariadb, maria_registry)
+        maria_registry.rollback()
+        add(maria_registry, "kept")
+
+    post(work, maria_registry)
+    assert names(mariadb) == ["one", "two", "kept"]
+
+
+def test_mariadb_no_savepoint_heals_a_deadlock(mariadb: Engine, maria_registry: Registry) -> None:
+    """The deadlock took the savepoint with it, so going back to that heals nothing."""
+
+    def work() -> None:
+        add(maria_registry, "before")
+        savepoint = maria_registry.begin_nested()
+        deadlock(mariadb, maria_registry)
+        with suppress(DBAPIError):
+            savepoint.rollback()
+        add(maria_registry, "after")
+
+    with pytest.raises(TransactionDoomed):
+        post(work, maria_registry)
+    assert names(mariadb) == ["one", "two"]
+
+
+def test_mariadb_a_plain_error_dooms_nothing(mariadb: Engine, maria_registry: Registry) -> None:
+    """A constraint error undoes its own statement only, and the rest is committed."""
+    post(lambda: fail(maria_registry), maria_registry)
+    assert names(mariadb) == ["one", "two", "seven"]
+
+
+def test_mariadb_a_lock_timeout_dooms_nothing(mariadb: Engine, maria_registry: Registry) -> None:
+    """A lock wait that timed out undoes its own statement only, and the rest is committed."""
+
+    def work() -> None:
+        add(maria_registry, "kept")
+        maria_registry.execute(sql("SET innodb_lock_wait_timeout = 1"))
+        with mariadb.begin() as other:
+            rename(other, 1, "one")
+            with suppress(OperationalError):
+                rename(maria_registry, 1, "mine")
+
+    post(work, maria_registry)
+    assert names(mariadb) == ["one", "two", "kept"]
+
+
+def test_mariadb_a_snapshot_conflict_is_no_success(
+    mariadb: Engine, maria_registry: Registry
+) -> None:
+    """A swallowed 1020 (innodb_snapshot_isolation) undid the whole transaction."""
+
+    def work() -> None:
+        add(maria_registry, "before")
+        maria_registry.execute(sql("SELECT * FROM items")).all()
+        with mariadb.begin() as other:
+            rename(other, 1, "other")
+        with suppress(OperationalError):
+            rename(maria_registry, 1, "mine")
+
+    with pytest.raises(TransactionDoomed):
+        post(work, maria_registry)
+    assert names(mariadb) == ["other", "two"]
+
+
+# SQLite: some errors undo the whole transaction, most only their statement.
+
+
+def test_sqlite_a_plain_error_dooms_nothing(registry: Registry, outside: Engine) -> None:
+    """A constraint error undoes its own statement only, and the rest is committed."""
+    post(lambda: fail(registry), registry)
+    assert names(outside) == ["seven"]
+
+
+SQLITE_UNDOES: dict[str, Callable[[Registry], object]] = {
+    "on conflict rollback": lambda registry: registry.execute(
+        sql("INSERT OR ROLLBACK INTO items (id) VALUES (1)")
+    ),
+    "raise(rollback)": lambda registry: registry.execute(
+        sql("UPDATE items SET name = 'raise' WHERE id = 1")
+    ),
+    "database full": lambda registry: registry.execute(
+        sql("""
+        INSERT INTO items (name) WITH RECURSIVE n (i) AS
+        (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000) SELECT 'many' FROM n
+        """)
+    ),
+}
+
+
+@pytest.fixture(params=["explicit begin", "driver's default"])
+def sqlite(request: pytest.FixtureRequest, sqlite_url: str, engine: Engine) -> Iterator[Engine]:
+    """SQLite with our engine's transactions, and with those of the driver's default."""
+    made = engine if request.param == "explicit begin" else create_engine(sqlite_url)
+    with engine.begin() as connection:
+        connection.execute(insert(Item).values(id=1, name="one"))
+        connection.execute(
+            sql("""
+            CREATE TRIGGER no BEFORE UPDATE ON items WHEN new.name = 'raise'
+            BEGIN SELECT raise(ROLLBACK, 'no'); END
+            """)
+        )
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def small(sqlite: Engine) -> Registry:
+    """A registry on a SQLite file that may grow by a few pages only."""
+
+    @event.listens_for(sqlite, "checkout")
+    def bound(dbapi_connection: Any, *_: object) -> None:
+        dbapi_connection.execute("PRAGMA max_page_count = 20")
+
+    return scoped_session(sessionmaker(sqlite))
+
+
+@pytest.mark.parametrize(
+    "undo", [pytest.param(work, id=name) for name, work in SQLITE_UNDOES.items()]
+)
+@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "stops"])
+def test_sqlite_an_error_that_undid_the_transaction_is_no_success(
+    undo: Callable[[Registry], object], goes_on: bool, small: Registry, outside: Engine
+) -> None:
+    """After an error that rolled the transaction back a 200 is refused."""
+
+    def work() -> None:
+        add(small, "before")
+        with suppress(DBAPIError):
+            undo(small)
+        if goes_on:
+            small.execute(sql("SELECT 1"))
+
+    with pytest.raises(TransactionDoomed) as caught:
+        post(work, small)
+    assert isinstance(caught.value.__cause__, DBAPIError)
+    assert names(outside) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "undo", [pytest.param(work, id=name) for name, work in SQLITE_UNDOES.items()]
+)
+def test_sqlite_a_rollback_makes_it_sound(
+    undo: Callable[[Registry], object], small: Registry, outside: Engine
+) -> None:
+    """When the application rolled back after the error, what follows is committed."""
+
+    def work() -> None:
+        add(small, "before")
+        with suppress(DBAPIError):
+            undo(small)
+        small.rollback()
+        add(small, "kept")
+
+    post(work, small)
+    assert names(outside) == ["one", "kept"]
+
+
+def test_sqlite_no_savepoint_heals_it(small: Registry, outside: Engine) -> None:
+    """The error took the savepoint with it, so going back to that heals nothing."""
+
+    def work() -> None:
+        add(small, "before")
+        savepoint = small.begin_nested()
+        with suppress(DBAPIError):
+            SQLITE_UNDOES["on conflict rollback"](small)
+        with suppress(DBAPIError):
+            savepoint.rollback()
+
+    with pytest.raises(TransactionDoomed):
+        post(work, small)
+    assert names(outside) == ["one"]
+
+
+# Every engine alike.
+
+
+def test_a_status_that_rolls_back_is_answered_as_it_is(any_registry: Registry) -> None:
+    """A doomed transaction does not matter to a response that rolls back anyway."""
+    post(lambda: fail(any_registry), any_registry, "409 Conflict")
+
+
+def test_a_scope_is_doomed_like_a_request(postgresql: Engine, pg_registry: Registry) -> None:
+    """session_scope refuses to commit a doomed transaction too."""
+    with pytest.raises(TransactionDoomed), session_scope(pg_registry):
+        fail(pg_registry)
+    assert names(postgresql) == []
+
+
+def test_two_databases_the_second_of_which_refuses_leave_it_unknown(
+    engine: Engine, sqlite_url: str, outside: Engine
+) -> None:
+    """When one of two COMMITs returned and the other failed, the outcome is unknown."""
+    other = make_engine(f"{sqlite_url}-2")
+    make_tables(other)
+
+    registry = scoped_session(sessionmaker(binds={Item: engine, debts: other}))
+    committed: list[object] = []
+    event.listen(engine, "commit", committed.append)
+
+    def work() -> None:
+        registry.execute(insert(Item).values(name="perhaps"))
+        registry.execute(insert(debts).values(item_id=-1))
+
+    with pytest.raises((CommitOutcomeUnknown, IntegrityError)) as caught:
+        post(work, registry)
+    # SQLAlchemy commits connections in no certain order.
+    assert isinstance(caught.value, CommitOutcomeUnknown) is bool(committed)
+    assert names(outside) == (["perhaps"] if committed else [])
+    other.dispose()
