@@ -1,0 +1,398 @@
+"""Whose session is in the registry: nested, leaked, removed and broken ones."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, insert, select
+from sqlalchemy import text as sql
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from support import PATIENCE, Server, environ, names, serve_once, text
+
+from middleware import SessionMiddleware, TransactionDoomed, session_scope
+from models import Item, make_engine
+
+Registry = scoped_session[Session]
+
+
+def test_the_registry_is_empty_outside_the_apps_code(registry: Registry) -> None:
+    """Between two chunks, and while the head is sent, the registry holds nothing."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        assert registry.registry.has()
+        yield b"one"
+        assert registry.registry.has()
+        yield b"two"
+
+    class Watching(Server):
+        def start_response(self, status: str, headers: Any, exc_info: Any = None, /) -> Any:
+            assert not registry.registry.has()
+            return super().start_response(status, headers, exc_info)
+
+    server = Watching(SessionMiddleware(app, registry))
+    for _ in server.begin():
+        assert not registry.registry.has()
+    server.finish()
+
+
+def test_a_wrap_inside_a_wrap_joins(registry: Registry, outside: Engine) -> None:
+    """The outermost middleware owns the session; the one within it does nothing."""
+    seen = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        seen.append(registry())
+        return text(b"", before=lambda: registry.add(Item(name="kept")))(environ, start_response)
+
+    def outer(environ: Any, start_response: Any) -> Any:
+        seen.append(registry())
+        body = inner(environ, start_response)
+        assert names(outside) == []
+        return body
+
+    inner = SessionMiddleware(app, registry, commit_when=lambda *_: False)
+    serve_once(SessionMiddleware(outer, registry))
+    assert seen[0] is seen[1]
+    assert names(outside) == ["kept"]
+
+
+def test_a_sub_request_with_an_environ_of_its_own_joins(
+    registry: Registry, outside: Engine
+) -> None:
+    """A request made while another runs in the same thread works in that one's session."""
+
+    def sub(environ: Any, start_response: Any) -> Any:
+        assert environ["sessionscope.session"] is registry()
+        registry.add(Item(name="sub"))
+        start_response("404 Not Found", [])
+        return [b""]
+
+    application = SessionMiddleware(sub, registry)
+
+    def main() -> None:
+        registry.add(Item(name="main"))
+        assert serve_once(application, environ("GET", "/sub")).status == "404 Not Found"
+
+    serve_once(SessionMiddleware(text(b"", before=main), registry))
+    assert names(outside) == ["main", "sub"]
+
+
+def test_a_request_in_another_thread_is_one_of_its_own(registry: Registry) -> None:
+    """A request that the application makes in another thread has a session of its own."""
+    seen = []
+    shared = scoped_session(registry.session_factory, scopefunc=lambda: "everyone")
+    application = SessionMiddleware(text(b"", before=lambda: seen.append(shared())), shared)
+
+    def main() -> None:
+        seen.append(shared())
+        thread = threading.Thread(target=serve_once, args=(application,))
+        thread.start()
+        thread.join(PATIENCE)
+        seen.append(shared())
+
+    serve_once(SessionMiddleware(text(b"", before=main), shared))
+    assert seen[0] is seen[2]
+    assert seen[0] is not seen[1]
+    assert not shared.registry.has()
+
+
+def test_another_session_in_the_registry_is_set_aside_and_put_back(
+    registry: Registry, outside: Engine
+) -> None:
+    """A session that was there before is untouched by the request, and there again after it."""
+    before = registry()
+    before.add(Item(name="pending"))
+    seen = []
+    serve_once(SessionMiddleware(text(b"", before=lambda: seen.append(registry())), registry))
+    assert registry() is before
+    assert seen[0] is not before
+    assert [item.name for item in before.new] == ["pending"]
+    assert names(outside) == []
+    registry.remove()
+
+
+def test_a_request_inside_a_scope_is_one_of_its_own(registry: Registry, outside: Engine) -> None:
+    """A session that a session_scope runs is set aside too."""
+    with session_scope(registry) as scoped:
+        inside: list[Session] = []
+        serve_once(SessionMiddleware(text(b"", before=lambda: inside.append(registry())), registry))
+        assert registry() is scoped
+    assert inside != [scoped]
+
+
+def test_different_registries_are_independent(
+    registry: Registry, engine: Engine, outside: Engine, sqlite_url: str
+) -> None:
+    """Two middlewares with two registries make two COMMITs."""
+    second_engine = make_engine(f"{sqlite_url}-2")
+    Item.metadata.create_all(second_engine)
+    second = scoped_session(sessionmaker(second_engine))
+
+    def work() -> None:
+        registry.add(Item(name="one"))
+        second.add(Item(name="two"))
+
+    serve_once(SessionMiddleware(SessionMiddleware(text(b"", before=work), second), registry))
+    assert (names(outside), names(second_engine)) == (["one"], ["two"])
+    second_engine.dispose()
+
+
+# Work that the application threw away.
+
+
+def write(registry: Registry) -> None:
+    registry.execute(insert(Item).values(name="gone"))
+
+
+def add(registry: Registry) -> None:
+    registry.add(Item(name="gone"))
+
+
+@pytest.mark.parametrize("work", [write, add])
+@pytest.mark.parametrize("throw", [lambda registry: registry.remove(), lambda r: r().close()])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_work_that_was_thrown_away_is_no_success(
+    method: str,
+    throw: Callable[[Registry], object],
+    work: Callable[[Registry], object],
+    registry: Registry,
+    outside: Engine,
+) -> None:
+    """Removing or closing a session that holds work is doomed, and the message names the line."""
+
+    def both() -> None:
+        work(registry)
+        throw(registry)
+
+    with pytest.raises(TransactionDoomed, match=r"test_whose_session\.py:\d+ closed or removed"):
+        serve_once(SessionMiddleware(text(b"", before=both), registry), environ(method))
+    assert names(outside) == []
+
+
+def add_and_flush(registry: Registry) -> None:
+    add(registry)
+    registry.flush()
+
+
+@pytest.mark.parametrize("work", [add, add_and_flush])
+def test_written_objects_thrown_away_by_a_safe_method_are_no_success(
+    work: Callable[[Registry], object], registry: Registry
+) -> None:
+    """A GET that threw away pending or flushed objects is doomed too."""
+
+    def both() -> None:
+        work(registry)
+        registry.remove()
+
+    with pytest.raises(TransactionDoomed):
+        serve_once(SessionMiddleware(text(b"", before=both), registry))
+
+
+def test_a_read_thrown_away_by_a_safe_method_is_warned_of_once(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GET that only read before the session was removed succeeds, with one warning."""
+
+    def both() -> None:
+        registry.execute(select(Item))
+        registry.remove()
+
+    application = SessionMiddleware(text(b"fine", before=both), registry)
+    for _ in range(3):
+        assert serve_once(application).status == "200 OK"
+    assert caplog.text.count("closed or removed the session") == 1
+
+
+def test_what_was_thrown_away_does_not_matter_to_a_failure(registry: Registry) -> None:
+    """A response that rolls back anyway is not affected by a session thrown away."""
+
+    def both() -> None:
+        write(registry)
+        registry.remove()
+
+    app = text(b"", status="400 Bad Request", before=both)
+    assert serve_once(SessionMiddleware(app, registry), environ("POST")).status == "400 Bad Request"
+
+
+@pytest.mark.parametrize(
+    "end", [lambda registry: registry.commit(), lambda registry: registry.rollback()]
+)
+def test_a_session_removed_after_its_own_commit_or_rollback_is_fine(
+    end: Callable[[Registry], object], registry: Registry
+) -> None:
+    """The hand-written recipe, commit or rollback and then remove, throws nothing away."""
+
+    def work() -> None:
+        write(registry)
+        end(registry)
+        registry.remove()
+
+    reply = serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
+    assert reply.status == "200 OK"
+
+
+def test_a_rollback_does_not_make_up_for_work_thrown_away_before(registry: Registry) -> None:
+    """Work lost by close() stays lost when later work is rolled back."""
+
+    def work() -> None:
+        write(registry)
+        registry.close()
+        write(registry)
+        registry.rollback()
+
+    with pytest.raises(TransactionDoomed):
+        serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
+
+
+def test_work_in_a_session_that_took_the_place_is_no_success(
+    registry: Registry, engine: Engine, outside: Engine
+) -> None:
+    """An application that removes the session and works on in the next one loses that work."""
+
+    def work() -> None:
+        registry.remove()
+        write(registry)
+
+    with pytest.raises(TransactionDoomed, match="no longer holds"):
+        serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert names(outside) == []
+
+
+def test_a_session_that_took_the_place_and_is_done_is_removed(
+    registry: Registry, outside: Engine
+) -> None:
+    """What an application commits in a session of its own stands, and that session goes too."""
+
+    def work() -> None:
+        registry.remove()
+        registry.add(Item(name="kept"))
+        registry.commit()
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
+    assert names(outside) == ["kept"]
+    assert not registry.registry.has()
+
+
+@pytest.mark.parametrize("thrown", [True, False])
+def test_a_scope_that_changes_inside_the_app_is_no_success(
+    thrown: bool, engine: Engine, outside: Engine
+) -> None:
+    """Work in another scope's session, where ours is not, is refused instead of lost."""
+    scope = ["server"]
+    registry = scoped_session(sessionmaker(engine), scopefunc=lambda: scope[0])
+
+    def app(environ: Any, start_response: Any) -> Any:
+        scope[0] = "app"
+        write(registry)
+        start_response("200 OK", [])
+        if thrown:
+            registry.remove()
+            scope[0] = "server"
+        return [b"fine"]
+
+    with pytest.raises(TransactionDoomed):
+        serve_once(SessionMiddleware(app, registry), environ("POST"))
+    scope[0] = "app"
+    registry.remove()
+    assert names(outside) == []
+
+
+# Sessions that break, and factories of every kind.
+
+
+class Broken(Exception):
+    """The driver's own complaint."""
+
+
+def test_a_session_that_cannot_be_closed_leaves_nothing_behind(
+    registry: Registry, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When ROLLBACK fails, the session is out of the registry and its connection is back."""
+
+    def work() -> None:
+        write(registry)
+        event.listen(engine, "rollback", refuse, once=True)
+
+    def refuse(connection: object) -> None:
+        raise Broken
+
+    app = text(b"", status="404 Not Found", before=work)
+    assert serve_once(SessionMiddleware(app, registry)).status == "404 Not Found"
+    assert "ROLLBACK failed" in caplog.text
+    assert not registry.registry.has()
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert names(engine) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"autobegin": False},
+        {"close_resets_only": False},
+        {"expire_on_commit": False},
+        {"autoflush": False},
+        {"info": {"mine": 1}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_any_kind_of_session_is_committed(
+    options: dict[str, Any], streamed: bool, engine: Engine, outside: Engine
+) -> None:
+    """Whatever options the factory gives a session, it is committed and removed."""
+    registry = scoped_session(sessionmaker(engine, **options))
+
+    class Body:
+        def __iter__(self) -> Iterator[bytes]:
+            work()
+            yield b"body"
+
+        def close(self) -> None:
+            if options.get("autobegin") is False:
+                registry.begin()
+            assert registry.scalar(select(Item.name)) == "kept"
+
+    def work() -> None:
+        if options.get("autobegin") is False:
+            registry.begin()
+        registry.add(Item(name="kept"))
+
+    def app(environ: Any, start_response: Any) -> Any:
+        if not streamed:
+            return text(b"body", before=work)(environ, start_response)
+        start_response("200 OK", [])
+        return Body()
+
+    assert serve_once(SessionMiddleware(app, registry)).content == b"body"
+    assert names(outside) == ["kept"]
+    assert not registry.registry.has()
+
+
+def test_a_plain_function_may_be_the_factory(engine: Engine, outside: Engine) -> None:
+    """Any callable that gives a Session will do as the registry's factory."""
+    factory: Any = lambda: Session(engine)  # noqa: E731
+    registry: Registry = scoped_session(factory)
+    serve_once(SessionMiddleware(text(b"", before=lambda: registry.add(Item(name="x"))), registry))
+    assert names(outside) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept"),
+    [("create_savepoint", ["kept"]), ("rollback_only", ["kept"]), ("control_fully", ["kept"])],
+)
+def test_a_session_bound_to_a_connection_joins_its_transaction(
+    mode: Any, kept: list[str], engine: Engine
+) -> None:
+    """On a Connection with a transaction of its own the session joins that transaction."""
+    with engine.connect() as connection:
+        connection.begin()
+        connection.execute(sql("SELECT 1"))
+        registry = scoped_session(sessionmaker(connection, join_transaction_mode=mode))
+        serve_once(
+            SessionMiddleware(text(b"", before=lambda: registry.add(Item(name="kept"))), registry)
+        )
+        assert connection.scalars(select(Item.name)).all() == kept
