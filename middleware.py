@@ -47,7 +47,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock, get_ident
+from threading import Lock, get_ident, local
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -215,7 +215,7 @@ def session_scope(registry: Registry) -> Iterator[Session]:
             try:
                 unit.commit()
             except BaseException:
-                log.exception("COMMIT failed")
+                log.exception("the commit failed")
                 unit.rollback()
                 raise
     finally:
@@ -265,9 +265,10 @@ class _Attempt:
         self.began = monotonic()
         reader = middleware.reader if self.method in SAFE_METHODS else None
         self.unit = _UnitOfWork(middleware.registry, joinable=True, reader=reader)
+        self.iterable: object = None
         self.head: _Head | None = None
-        self.head_sent = False
-        self.settled = False
+        self.head_sent = self.settled = self.finished = self.reported = False
+        self.error: BaseException | None = None
         self.written: list[bytes] = []
         environ[SESSION_KEY] = self.unit.session
 
@@ -275,41 +276,73 @@ class _Attempt:
         """Call the application; return what the server may send."""
         try:
             body = self.call_app()
-        except BaseException:
-            self.unit.close()
-            raise
-        if isinstance(body, _Body):
-            body.prime()
-        else:
-            self.unit.close()
+            if isinstance(body, _Body):
+                body.prime()
+            else:
+                self.unit.close()
+                self.report()
             self.send_head()
+        except BaseException as error:
+            # The server gets no iterable, so closing the application's is left to us.
+            try:
+                self.finish(error)
+            except Exception:
+                log.exception("close() failed")
+            raise
         return body
 
     def call_app(self) -> Iterable[bytes]:
         with self.unit:
             try:
                 body: Any = self.middleware.app(self.environ, self.start_response)
+                self.iterable = body
                 if self.written and type(body) in (list, tuple):
                     body = [self.take_written(), *body]
-                if not _is_whole(body, self.environ):
-                    return _Body(self, body)
+                if self.written or not _is_whole(body, self.environ):
+                    return _Body(self, iter(body))
             except BaseException as error:
                 self.roll_back(error)
                 raise
             self.settle()
             return body  # type: ignore[no-any-return]
 
+    def finish(self, error: BaseException | None = None) -> None:
+        """Close the application's iterable, once, and let go of the session.
+
+        Before the end of the response it rolls back, because of *error* or of a client
+        that hung up.
+        """
+        if self.finished:
+            return
+        self.finished = True
+        try:
+            with self.unit:
+                try:
+                    close = getattr(self.iterable, "close", None)
+                    if close is not None:
+                        close()
+                finally:
+                    if self.settled:
+                        self.unit.drop_late_work()
+                    self.roll_back(error)
+        finally:
+            self.unit.close()
+            self.report()
+
     def start_response(
-        self, status: str, headers: Headers, exc_info: Any = None, /
+        self, status: str, headers: Headers, exc_info: Any = None
     ) -> Callable[[bytes], object]:
-        """Keep the head (PEP 3333, "The start_response() Callable")."""
+        """Keep the head (PEP 3333, "The start_response() Callable").
+
+        One that replaces another also replaces what was kept of that one's body.
+        """
         if exc_info is not None:
             if self.head_sent:
                 raise exc_info[1].with_traceback(exc_info[2])
         elif self.head is not None:
             raise AssertionError("start_response was called again without exc_info (PEP 3333)")
         self.head = _Head(self.method, status, headers, exc_info)
-        self.unit.watch_registry()
+        self.written.clear()
         return self.write
 
     def write(self, data: bytes) -> None:
@@ -349,18 +382,17 @@ class _Attempt:
         try:
             self.unit.commit()
         except BaseException as error:
-            log.exception("%s %s: COMMIT failed", self.method, _path(self.environ))
+            self.error = error
+            log.exception("%s %s: the commit failed", self.method, _path(self.environ))
             self.unit.rollback()
-            self.report(error)
             raise
-        self.report(None)
 
     def roll_back(self, error: BaseException | None) -> None:
         """End the transaction because of *error*, of the status, or of a client that left."""
         if not self.settled:
             self.settled = True
+            self.error = error
             self.unit.rollback()
-            self.report(error)
 
     def wants_commit(self) -> bool:
         head = self.head
@@ -368,32 +400,36 @@ class _Attempt:
             return False
         if not self.middleware.commit_when(self.environ, head.status, list(head.seen)):
             return False
-        loss = self.unit.loss
-        if loss is not None and self.method in SAFE_METHODS and not self.unit.wrote:
-            self.middleware.warn_once(_removed(loss[1]))
+        if self.unit.lost and self.method in SAFE_METHODS and not self.unit.wrote:
+            self.middleware.warn_once(self.unit.loss())
             return False
         return True
 
-    def report(self, error: BaseException | None) -> None:
-        """Tell the log and the observer what became of the request."""
+    def report(self) -> None:
+        """Tell the log and the observer, once, what became of the request."""
+        if self.reported or not self.settled:
+            return
+        self.reported = True
         observer = self.middleware.observer
         if observer is None and not log.isEnabledFor(logging.DEBUG):
             return
-        action = self.unit.fate if self.unit.begun else "none"
-        status = None if self.head is None else self.head.status
-        path = _path(self.environ)
-        log.debug(
-            "%s %s %s %s", action, self.method, path, status if error is None else repr(error)
+        outcome = Outcome(
+            method=self.method,
+            path=_path(self.environ),
+            status=None if self.head is None else self.head.status,
+            action=self.unit.fate if self.unit.begun else "none",
+            attempts=1,
+            seconds=monotonic() - self.began,
+            error=self.error,
         )
-        if observer is None:
-            return
-        seconds = monotonic() - self.began
-        outcome = Outcome(self.method, path, status, action, 1, seconds, error)
-        with _vacated(self.middleware.registry):
-            try:
-                observer(outcome)
-            except Exception:
-                log.exception("the observer failed on %r", outcome)
+        told = outcome.status if self.error is None else repr(self.error)
+        log.debug("%s %s %s %s", outcome.action, outcome.method, outcome.path, told)
+        if observer is not None:
+            with _vacated(self.middleware.registry):
+                try:
+                    observer(outcome)
+                except Exception:
+                    log.exception("the observer failed on %r", outcome)
 
 
 class _Head:
@@ -402,10 +438,11 @@ class _Head:
     __slots__ = ("exc_info", "fault", "headers", "length", "seen", "status")
 
     def __init__(self, method: str, status: str, headers: Headers, exc_info: Any) -> None:
-        # The server may change the list that it gets, so we read another.
+        # The application may change its list afterwards, and the server the one that it
+        # gets, so each has its own and we read a third.
         self.seen = list(headers)
         self.status = status
-        self.headers = headers if isinstance(headers, (list, tuple)) else list(self.seen)
+        self.headers: Any = headers if isinstance(headers, (tuple, dict)) else list(self.seen)
         self.exc_info = exc_info
         self.fault = _fault(status, self.seen)
         self.length = None if self.fault else _body_length(method, status, self.seen)
@@ -425,44 +462,28 @@ class _Body:
     before its first ``next()`` never runs its ``finally``.
     """
 
-    def __init__(self, attempt: _Attempt, iterable: Iterable[bytes]) -> None:
+    def __init__(self, attempt: _Attempt, iterator: Iterator[bytes]) -> None:
         self.attempt = attempt
-        self.iterable = iterable
-        self.iterator = iter(iterable)
-        self.first: Any = None
-        self.primed = False
+        self.iterator = iterator
+        self.ready: list[Any] = []
+        self.pushed_back: list[Any] = []
         self.received = 0
         self.exhausted = False
-        self.closed = False
         self.warned = False
 
     def prime(self) -> None:
-        """Get the first chunk that has bytes, then send the head.
+        """Get the first chunk that has bytes.
 
         Inside the call, because some servers take the head between the call and the
         first ``next()``.
         """
-        try:
-            self.first = self.advance()
-            self.attempt.send_head()
-        except BaseException as error:
-            # The server gets no iterable, so closing the application's is left to us.
-            try:
-                self.close(error)
-            except Exception:
-                log.exception("close() failed")
-            raise
-        self.primed = True
+        self.ready.append(self.advance())
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        if self.primed:
-            self.primed = False
-            chunk, self.first = self.first, None
-        else:
-            chunk = self.advance()
+        chunk = self.ready.pop() if self.ready else self.advance()
         if chunk is _END:
             raise StopIteration
         return chunk  # type: ignore[no-any-return]
@@ -474,25 +495,28 @@ class _Body:
         application has no more to say and its work is durable.
         """
         held = _END
+        head = self.attempt.head
         while (chunk := self.take()) is not _END:
-            head = self.attempt.head
+            if self.attempt.head is not head:
+                head, held, self.received = self.attempt.head, _END, 0
             length = None if head is None else head.length
             size = _size(chunk)
             if size == 0:
                 if self.attempt.head_sent and held is _END:
                     return chunk
-                continue  # before the first bytes it would make the server send the head
-            if length is not None and self.received >= length:
+            elif length is not None and self.received >= length:
                 self.note_excess(size)
-                continue
-            self.received += size
-            held = chunk if held is _END else held + chunk
-            if length is None or self.received < length:
-                return held
+            else:
+                self.received += size
+                held = chunk
+                if length is None or self.received < length:
+                    return held
         return held
 
     def take(self) -> Any:
         """Take a chunk from the application; _END when it has ended and is settled."""
+        if self.pushed_back:
+            return self.pushed_back.pop()
         if self.exhausted:
             return _END
         attempt = self.attempt
@@ -507,8 +531,11 @@ class _Body:
             if chunk is _END:
                 self.exhausted = True
                 attempt.settle()
+        attempt.report()
         if attempt.written:
-            chunk = attempt.take_written() + (b"" if chunk is _END else chunk)
+            if chunk is not _END:
+                self.pushed_back.append(chunk)
+            return attempt.take_written()
         return chunk
 
     def warn_if_long(self) -> None:
@@ -533,29 +560,12 @@ class _Body:
                 size,
             )
 
-    def close(self, error: BaseException | None = None) -> None:
-        """End the request: PEP 3333 has the server call this, whatever happened.
-
-        Before the end of the body it rolls back.
-        """
-        if self.closed:
-            return
-        self.closed = self.exhausted = True
-        self.primed, self.first = False, None
-        attempt, unit = self.attempt, self.attempt.unit
-        try:
-            with unit:
-                try:
-                    self.warn_if_long()
-                    close = getattr(self.iterable, "close", None)
-                    if close is not None:
-                        close()
-                finally:
-                    if attempt.settled:
-                        unit.drop_late_work()
-                    attempt.roll_back(error)
-        finally:
-            unit.close()
+    def close(self) -> None:
+        """End the request: PEP 3333 has the server call this, whatever happened."""
+        self.ready.clear()
+        self.pushed_back.clear()
+        self.exhausted = True
+        self.attempt.finish()
 
 
 _END: Any = object()
@@ -575,8 +585,9 @@ class _UnitOfWork:
         self.session = _new_session(registry, reader)
         self.joinable = joinable
         self.thread: int | None = None
-        self.view: Session | None = self.session
+        self.view = self.session
         self.aside: Session | None = None
+        self.outer: _UnitOfWork | None = None
         self.begun = False
         self.since = 0.0
         self.connections: dict[Connection, Transaction | None] = {}
@@ -585,36 +596,33 @@ class _UnitOfWork:
         self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
         self.committing = False
         self.wrote = False
-        self.loss: tuple[SessionTransaction, str] | None = None
-        self.foreign: Session | None = None
+        self.lost: dict[SessionTransaction, str] = {}
         self.session.info[_MARK] = self
-        _watch_sessions(type(self.session))
 
     # The registry: the session is in it only while the application's code runs.
 
     def __enter__(self) -> None:
         self.thread = get_ident()
         self.aside = _peek(self.registry)
+        self.outer = _unit_of(self.aside)
         _put(self.registry, self.view)
+        _running.units = (*_running.units, self)
 
     def __exit__(self, *exc_info: object) -> None:
         # What the code leaves there, a session_scope that is still open for
         # instance, is what it finds again when it goes on.
-        try:
-            self.view = _peek(self.registry)
-        finally:
-            _put(self.registry, self.aside)
-            self.aside = self.thread = None
+        _running.units = tuple(unit for unit in _running.units if unit is not self)
+        self.thread = None
+        found = _peek(self.registry)
+        if not self.joinable and _unit_of(found) not in (None, self):
+            return  # the garbage collector closed this scope in the midst of another unit
+        self.view = found or self.session
+        gone = self.outer is not None and self.outer.thread is None
+        _put(self.registry, None if gone else self.aside)
+        self.aside = self.outer = None
 
     def serves_this_thread(self) -> bool:
         return self.joinable and self.thread == get_ident()
-
-    def watch_registry(self) -> None:
-        """Watch a session that has taken the place of ours: its work may be lost."""
-        found = _peek(self.registry)
-        if found is not None and _unit_of(found) is None:
-            found.info[_MARK] = self
-            self.foreign = found
 
     # The transaction.
 
@@ -628,13 +636,17 @@ class _UnitOfWork:
         :raises TransactionDoomed: where COMMIT would return for work that is lost.
         :raises CommitOutcomeUnknown: where the answer to COMMIT was lost.
         """
-        self.check_registry()
+        if self.lost:
+            raise TransactionDoomed(self.loss())
         session = self.session
+        self.fate = "rollback"
         if session.in_transaction():
             if not session.is_active:
-                raise _doomed("a flush failed") from self.last_error()
-            session.flush()  # first, so that what fails below is COMMIT itself
-            self.check_connections()
+                causes = (self.errors.get(own, (None,))[0] for own in self.connections.values())
+                raise _doomed("a flush failed") from next(filter(None, causes), None)
+            if len(session.dispatch.before_commit) > 1:
+                # The user has hooks of that kind, and what they do must be seen too.
+                event.listen(session, "before_commit", _before_commit)
             try:
                 session.commit()
             except BaseException as error:
@@ -644,62 +656,62 @@ class _UnitOfWork:
         self.run_callbacks()
 
     def judge(self, error: BaseException) -> None:
-        """Find out what the failure of ``Session.commit()`` has left behind."""
-        self.fate = self.fate_after(error)
-        if self.fate == "commit":
-            self.run_callbacks()
-        elif self.fate == "unknown" and isinstance(error, Exception):
-            raise CommitOutcomeUnknown(
-                "COMMIT was sent, but whether it took effect is not known"
-            ) from error
+        """Find out what the failure of ``Session.commit()`` has left behind.
 
-    def check_registry(self) -> None:
-        """Refuse to commit where work went to a session that was closed, or is not ours."""
-        if self.loss is not None:
-            raise TransactionDoomed(_removed(self.loss[1]))
-        found = _peek(self.registry)
-        if found is None or found is self.session or not found.in_transaction():
-            return
-        unit = _unit_of(found)
-        if unit is None or unit is self:
-            raise TransactionDoomed(
-                "the registry no longer holds this request's session, so work would be "
-                "lost: the application removed it and went on, or the registry's scope "
-                "changed while the request ran"
-            )
-
-    def check_connections(self) -> None:
-        """Refuse to commit a transaction that the database has already given up."""
-        for connection in self.connections:
-            if connection.invalidated:
-                raise _doomed("the connection was lost") from self.last_error()
-            error, undone = self.errors.get(connection.get_transaction(), (None, False))
-            if undone or _is_aborted(connection, error):
-                raise _doomed("an error of the database was swallowed") from error
-
-    def fate_after(self, error: BaseException) -> Literal["commit", "rollback", "unknown"]:
-        # SQLAlchemy takes a transaction from its connection when COMMIT returned, and
-        # leaves it there, inactive, when COMMIT raised.
+        SQLAlchemy takes a transaction from its connection when COMMIT returned, or when
+        it rolled back by itself, and leaves it there, inactive, when COMMIT raised.
+        """
         left = [
             own
             for connection, own in self.connections.items()
             if own in (connection.get_nested_transaction(), connection.get_transaction())
         ]
-        if len(left) < len(self.connections):
-            return "unknown" if left else "commit"  # a hook that runs after COMMIT raised
-        if all(own is None or own.is_active for own in left):
-            return "rollback"  # a hook that runs before COMMIT raised
-        return "unknown" if _leaves_commit_unknown(error) else "rollback"
+        if self.committing or not left:
+            return  # a hook after COMMIT raised, or the flush did
+        if len(left) == len(self.connections):
+            if all(own is None or own.is_active for own in left):
+                return  # a hook before COMMIT raised
+            if not _leaves_commit_unknown(error):
+                return
+        self.fate = "unknown"
+        if isinstance(error, Exception):
+            raise CommitOutcomeUnknown(
+                "COMMIT was sent, but whether it took effect is not known"
+            ) from error
+
+    def check(self) -> None:
+        """Refuse to commit a transaction that the database has already given up."""
+        for connection, own in self.connections.items():
+            error, undone = self.errors.get(connection.get_transaction(), (None, False))
+            if connection.invalidated or undone or _is_aborted(connection, error):
+                raise _doomed("an error of the database was swallowed") from (
+                    error or self.errors.get(own, (None,))[0]
+                )
+
+    def before_commit(self) -> None:
+        """Flush and check, so that what fails afterwards is COMMIT itself."""
+        self.check()
+        self.session.flush()
+        self.check()
+
+    def loss(self) -> str:
+        return next(iter(self.lost.values()))
 
     def rollback(self) -> None:
         """Undo the work; a failure to do so is logged, and the connections discarded."""
         session = self.session
+        if not session.in_transaction():
+            return
         try:
-            if session.in_transaction():
-                if self.fate == "unknown" or self.lost_its_node():
-                    session.invalidate()
-                else:
-                    session.rollback()
+            if self.committing:  # COMMIT returned, and a hook after it raised
+                session.close()
+                return
+            if self.fate == "commit":  # of an earlier transaction
+                self.fate = "rollback"
+            if self.fate == "unknown" or self.lost_its_node():
+                session.invalidate()
+            else:
+                session.rollback()
         except Exception:
             log.exception("ROLLBACK failed")
             self.discard_connections()
@@ -710,53 +722,53 @@ class _UnitOfWork:
     def drop_late_work(self) -> None:
         if self.session.in_transaction():
             log.warning("work done in close(), after the end of the response, is rolled back")
+            fate = self.fate
             self.rollback()
+            self.fate = fate
 
     def close(self) -> None:
         """Let go of the session, and of one that took its place in the registry."""
-        self.session.info.pop(_MARK, None)
-        if self.foreign is not None:
-            self.foreign.info.pop(_MARK, None)
-        left, self.view = self.view, None
-        if left is not None and left is not self.session and _unit_of(left) is None:
+        left, self.view = self.view, self.session
+        if left is not self.session and _unit_of(left) is None:
             _close_quietly(left)
         self.errors.clear()
-        if self.begun or self.session.in_transaction():  # close() of an unused one is not free
-            _close_quietly(self.session)
+        # close() of a session that was never used is not free.
+        if (self.begun or self.session.in_transaction()) and not _close_quietly(self.session):
             self.discard_connections()
+        self.session.info.pop(_MARK, None)
 
     def discard_connections(self) -> None:
         """Close what SQLAlchemy failed to close, before another request gets it."""
         for connection in self.connections:
             try:
-                if not connection.closed:
+                if not connection.closed and connection is not self.session.bind:
                     connection.invalidate()
                     connection.close()
             except Exception:
                 log.exception("a connection could not be discarded")
         self.connections.clear()
 
-    def last_error(self) -> BaseException | None:
-        errors = list(self.errors.values())
-        return errors[-1][0] if errors else None
-
     # What the listeners below call.
 
     def joined(self, connection: Connection) -> None:
-        self.begun = True
-        self.since = monotonic()
+        if not self.connections:
+            self.begun = True
+            self.since = monotonic()
         self.connections[connection] = (
             connection.get_nested_transaction() or connection.get_transaction()
         )
-        connection.info[_MARK] = weakref.ref(self)
+        connection.info.setdefault(_MARK, weakref.WeakSet()).add(self)
         _watch_errors(connection)
 
     def failed(self, connection: Connection, error: BaseException) -> None:
         transaction = connection.get_transaction()
-        undone = self.errors.get(transaction, (None, False))[1]
+        _, known = self.errors.get(transaction, (None, False))
         # 25P02 only repeats that an earlier error aborted the transaction.
-        if not undone and _code(error) != "25P02":
-            self.errors[transaction] = (error, _undoes_transaction(connection, error))
+        if not known and _code(error) != "25P02":
+            undone = _undoes_transaction(connection, error)
+            self.errors[transaction] = (error, undone)
+            if undone:
+                _begin_again(connection)
 
     def ended(self, transaction: SessionTransaction) -> None:
         """A transaction of the session is over: committed, rolled back or closed."""
@@ -766,15 +778,11 @@ class _UnitOfWork:
             self.run_callbacks()
         else:
             self.callbacks.clear()
-            self.loss = self.loss or (transaction, _caller())
+            self.lost[transaction] = _removed(_caller())
 
-    def rolled_back(self, transaction: SessionTransaction) -> None:
-        if self.loss is not None and self.loss[0] is transaction:
-            self.loss = None
-        if transaction.nested:
-            self.callbacks = [
-                entry for entry in self.callbacks if not _within(entry[1], transaction)
-            ]
+    def savepoint_ended(self, savepoint: SessionTransaction) -> None:
+        """Drop the callbacks of a savepoint that was not released."""
+        self.callbacks = [entry for entry in self.callbacks if not _within(entry[1], savepoint)]
 
     def released(self, savepoint: SessionTransaction | None) -> None:
         """A savepoint's callbacks become those of what it was taken in."""
@@ -799,18 +807,24 @@ class _UnitOfWork:
 # Sessions and registries.
 
 _MARK = "sessionscope"
-"""Key in ``Session.info`` of its unit, and in ``Connection.info`` of a weak reference to it."""
+"""Key of a session's unit in ``Session.info``, and in ``Connection.info`` of a set of units."""
+
+_STRANGE = (
+    "the registry no longer holds this request's session, so work would be lost: the "
+    "application removed it and went on, or the registry's scope changed in the meantime"
+)
 
 
 def _unit_of(session: Session | None) -> _UnitOfWork | None:
-    return None if session is None else session.info.get(_MARK)
+    unit = None if session is None else session.info.get(_MARK)
+    return unit if unit is not None and unit.session is session else None
 
 
 def _new_session(registry: Registry, reader: Engine | None) -> Session:
-    factory: Callable[..., Session] = registry.session_factory
-    if reader is None or isinstance(getattr(factory, "kw", {}).get("bind"), Connection):
-        return factory()
-    return factory(bind=reader)
+    session: Session = registry.session_factory()
+    if reader is not None and not isinstance(session.bind, Connection):
+        session.bind = reader
+    return session
 
 
 def _peek(registry: Registry) -> Session | None:
@@ -829,13 +843,15 @@ def _put(registry: Registry, session: Session | None) -> None:
 @contextmanager
 def _vacated(registry: Registry) -> Iterator[None]:
     """Empty the registry for code that is not the request's, and clean up after it."""
-    inside = _peek(registry)
+    inside, units = _peek(registry), _running.units
     _put(registry, None)
+    _running.units = ()
     try:
         yield
     finally:
         opened = _peek(registry)
         _put(registry, inside)
+        _running.units = units
         if opened is not None:
             _close_quietly(opened)
 
@@ -869,85 +885,113 @@ def _removed(place: str) -> str:
     )
 
 
-# Listeners.  Each is one function for the whole process and is added once to a session
-# class or a dialect, so nothing of a middleware outlives it, and no engine that none of
-# our sessions used is slowed.  handle_error costs nothing until there is an error;
-# connection events would slow every statement.
+# Listeners.  Those of sessions are registered once, for every Session of the process: they
+# keep nothing alive, and cost a session that is none of ours a look at its ``info`` per
+# transaction.  Registered per class they would run twice where one class inherits from
+# another.  handle_error is registered on the dialects that our sessions used; it costs
+# nothing until there is an error, where connection events would slow every statement.
 
+
+class _Running(local):
+    """The units of work whose code runs in this thread, the innermost last."""
+
+    units: tuple[_UnitOfWork, ...] = ()
+
+
+_running = _Running()
 _watched: weakref.WeakSet[Any] = weakref.WeakSet()
 _watching = Lock()
-
-
-def _watch_sessions(session_class: type[Session]) -> None:
-    if session_class not in _watched:
-        with _watching:
-            for listener in (
-                _after_begin,
-                _after_commit,
-                _after_soft_rollback,
-                _after_transaction_end,
-                _after_flush,
-                _transient_to_pending,
-            ):
-                event.listen(session_class, listener.__name__[1:], listener)
-            _watched.add(session_class)
 
 
 def _watch_errors(connection: Connection) -> None:
     if connection.dialect not in _watched:
         with _watching:
-            event.listen(connection.engine, "handle_error", _handle_error)
-            _watched.add(connection.dialect)
-
-
-def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    unit = _unit_of(session)
-    if unit is not None and unit.session is session and not transaction.nested:
-        unit.joined(connection)
-
-
-def _after_commit(session: Session) -> None:
-    unit = _unit_of(session)
-    if unit is not None:
-        if session.in_nested_transaction():
-            unit.released(session.get_nested_transaction())
-        else:
-            unit.committing = True
-
-
-def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    unit = _unit_of(session)
-    if unit is not None and transaction.parent is None:
-        unit.ended(transaction)
-
-
-def _after_soft_rollback(session: Session, previous_transaction: SessionTransaction) -> None:
-    # Comes after the end of the transaction; a close() has no such event.
-    unit = _unit_of(session)
-    if unit is not None:
-        unit.rolled_back(previous_transaction)
-
-
-def _after_flush(session: Session, flush_context: object) -> None:
-    unit = _unit_of(session)
-    if unit is not None:
-        unit.wrote = True
-
-
-def _transient_to_pending(session: Session, instance: object) -> None:
-    unit = _unit_of(session)
-    if unit is not None:
-        unit.wrote = True
+            if connection.dialect not in _watched:
+                event.listen(connection.engine, "handle_error", _handle_error)
+                _watched.add(connection.dialect)
 
 
 def _handle_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None or connection.closed or connection.invalidated:
         return
-    reference = connection.info.get(_MARK)
-    unit = None if reference is None else reference()
+    for unit in tuple(connection.info.get(_MARK, ())):
+        if connection in unit.connections:
+            unit.failed(connection, context.sqlalchemy_exception or context.original_exception)
+
+
+def _hosts(session: Session) -> list[_UnitOfWork]:
+    """The running units in whose registry *session* has taken the place of theirs."""
+    return [unit for unit in _running.units if _peek(unit.registry) is session]
+
+
+@event.listens_for(Session, "after_transaction_create", insert=True)
+def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
+    if _running.units and transaction.parent is None and _unit_of(session) is None:
+        for unit in _hosts(session):
+            unit.lost[transaction] = _STRANGE
+
+
+@event.listens_for(Session, "after_begin", insert=True)
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    unit = _unit_of(session)
+    if unit is not None and not transaction.nested:
+        unit.joined(connection)
+
+
+@event.listens_for(Session, "before_commit", insert=True)
+def _before_commit(session: Session) -> None:
+    unit = _unit_of(session)
+    if unit is not None and not session.in_nested_transaction():
+        unit.before_commit()
+
+
+@event.listens_for(Session, "after_commit", insert=True)
+def _after_commit(session: Session) -> None:
+    unit = _unit_of(session)
+    savepoint = session.get_nested_transaction()
+    if unit is None:
+        transaction = session.get_transaction()
+        for unit in _running.units:
+            unit.lost.pop(transaction, None)  # type: ignore[arg-type]
+    elif savepoint is None:
+        unit.committing, unit.fate = True, "commit"
+    else:
+        unit.released(savepoint)
+
+
+@event.listens_for(Session, "after_transaction_end", insert=True)
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    unit = _unit_of(session)
     if unit is not None:
-        unit.failed(connection, context.sqlalchemy_exception or context.original_exception)
+        if transaction.parent is None:
+            unit.ended(transaction)
+        elif transaction.nested:
+            unit.savepoint_ended(transaction)
+
+
+@event.listens_for(Session, "after_soft_rollback", insert=True)
+def _after_soft_rollback(session: Session, previous_transaction: SessionTransaction) -> None:
+    # Comes after the end of the transaction; a close() has no such event.
+    own = _unit_of(session)
+    for unit in _running.units if own is None else (own,):
+        unit.lost.pop(previous_transaction, None)
+
+
+@event.listens_for(Session, "after_flush", insert=True)
+def _after_flush(session: Session, flush_context: object) -> None:
+    _note_write(session)
+
+
+@event.listens_for(Session, "transient_to_pending", insert=True)
+def _transient_to_pending(session: Session, instance: object) -> None:
+    _note_write(session)  # close() drops pending objects before it says that it closes
+
+
+def _note_write(session: Session) -> None:
+    own = _unit_of(session)
+    for unit in _hosts(session) if own is None else (own,):
+        unit.wrote = True
 
 
 def _caller() -> str:
@@ -955,7 +999,7 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None:
         module = frame.f_globals.get("__name__", "")
-        if module != __name__ and module.partition(".")[0] != "sqlalchemy":
+        if module.partition(".")[0] not in (__name__.partition(".")[0], "sqlalchemy", "contextlib"):
             break
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -963,7 +1007,7 @@ def _caller() -> str:
 
 # Responses.
 
-_LENGTH = re.compile(r"[0-9]{1,19}")
+_LENGTH = re.compile(r"[ \t]*0*([0-9]{1,19})[ \t]*")  # RFC 9110, 5.5: space around is no part
 _CONTROL = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 
 
@@ -985,9 +1029,9 @@ def _body_length(method: str, status: str, headers: Headers) -> int | None:
     lengths = []
     for header in headers:
         if header[0].lower() == "content-length":
-            value = header[-1]
-            if _LENGTH.fullmatch(value):
-                lengths.append(int(value))
+            found = _LENGTH.fullmatch(header[-1])
+            if found is not None:
+                lengths.append(int(found[1]))
     return min(lengths, default=None)
 
 
@@ -1005,13 +1049,15 @@ def _is_whole(body: object, environ: WSGIEnvironment) -> bool:
 
 
 def _size(chunk: Any) -> int:
-    """Length of a chunk; one without a length is the server's to refuse, so not empty."""
+    """Bytes in a chunk; what has no size is the server's to refuse, and so not empty."""
+    if isinstance(chunk, memoryview):
+        return chunk.nbytes
     return len(chunk) if hasattr(chunk, "__len__") else 1
 
 
 def _path(environ: WSGIEnvironment) -> str:
     path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    return quote(path, safe="/;=,", encoding="latin-1")
+    return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
 
 
 # What drivers and databases tell of their errors: psycopg and psycopg2 a SQLSTATE,
@@ -1047,8 +1093,17 @@ def _undoes_transaction(connection: Connection, error: BaseException) -> bool:
             isinstance(code, str)
             and _SQLITE_UNDOES.match(code) is not None
             and not _driver(connection).in_transaction
+            # There is no public way to ask; without a transaction none can be undone.
+            and not connection._is_autocommit_isolation()
         )
     return connection.dialect.name in ("mysql", "mariadb") and code in _MARIADB_UNDOES
+
+
+def _begin_again(connection: Connection) -> None:
+    """Keep SQLite from committing each later statement of a lost transaction by itself."""
+    driver = _driver(connection)
+    if connection.dialect.name == "sqlite" and driver.isolation_level is None:
+        driver.execute("BEGIN")
 
 
 def _is_aborted(connection: Connection, error: BaseException | None) -> bool:

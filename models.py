@@ -8,6 +8,7 @@ is missing, also when several processes start at once.
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 from sqlalchemy import Engine, String, create_engine, event, func, make_url, select
@@ -40,6 +41,8 @@ class Item(Base):
     """A named item."""
 
     __tablename__ = "items"
+    # Any name that JSON can say, whatever the character set of the database is.
+    __table_args__ = {"mysql_charset": "utf8mb4", "mariadb_charset": "utf8mb4"}  # noqa: RUF012
 
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str | None] = mapped_column(String(16))
@@ -116,10 +119,10 @@ registry.register("sqlite.deferred", __name__, DeferredSQLite.__name__)
 def _sqlite_engine(url: URL, drivername: str, pragma: str, *, pool_size: int) -> Engine:
     engine = create_engine(
         url.set(drivername=drivername),
-        # A database in memory belongs to its connection, so there is just one, and
-        # sessions take turns with it, whatever thread they run in.
+        # Also for a database in memory, which belongs to its one connection: sessions
+        # take turns with it, whatever thread they run in.
         poolclass=QueuePool,
-        pool_size=1 if _in_memory(url) else pool_size,
+        pool_size=pool_size,
         max_overflow=0,
         connect_args={
             # The driver's own transactions would leave SELECT and DDL outside.
@@ -131,14 +134,31 @@ def _sqlite_engine(url: URL, drivername: str, pragma: str, *, pool_size: int) ->
 
     @event.listens_for(engine, "connect")
     def configure(dbapi_connection: Any, _record: object) -> None:
-        for setting in (pragma, "synchronous=FULL", "foreign_keys=ON"):
+        for setting in ("synchronous=FULL", "foreign_keys=ON"):
             dbapi_connection.execute(f"PRAGMA {setting}")
+        _set_when_free(dbapi_connection, pragma)
 
     return engine
 
 
+def _set_when_free(dbapi_connection: sqlite3.Connection, pragma: str) -> None:
+    """Set what SQLite refuses to set, without waiting, while another process writes.
+
+    Two processes that open a fresh file at once both turn it to WAL.
+    """
+    while True:
+        try:
+            dbapi_connection.execute(f"PRAGMA {pragma}")
+            return
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY"):
+                raise
+        dbapi_connection.execute("BEGIN EXCLUSIVE")  # waits, but for BUSY_TIMEOUT at most
+        dbapi_connection.execute("ROLLBACK")
+
+
 def _in_memory(url: URL) -> bool:
-    return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
+    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
 
 
 def _isolate_snapshots(dbapi_connection: Any, _record: object) -> None:
@@ -147,5 +167,6 @@ def _isolate_snapshots(dbapi_connection: Any, _record: object) -> None:
     https://mariadb.com/kb/en/innodb-system-variables/#innodb_snapshot_isolation
     """
     with dbapi_connection.cursor() as cursor:
-        if cursor.execute("SHOW VARIABLES LIKE 'innodb_snapshot_isolation'"):
-            cursor.execute("SET SESSION innodb_snapshot_isolation = ON")
+        cursor.execute("SHOW VARIABLES LIKE 'innodb_snapshot_isolation'")
+        for name, _ in cursor.fetchall():
+            cursor.execute(f"SET SESSION {name} = ON")

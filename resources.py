@@ -17,7 +17,6 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session, scoped_session
 from webob import Request, Response
-from webob.request import DisconnectionError
 
 from models import MAX_ID, Item
 
@@ -129,14 +128,15 @@ class JSONRequest(Request):
             raise too_long
         try:
             body = self.body_file.read(limit + 1)
-        except DisconnectionError:
+        except OSError:  # WebOb's DisconnectionError, and what servers raise themselves
             raise Refusal(400, "the body is incomplete") from None
         if len(body) > limit:
             raise too_long
-        if body and self.content_type != "application/json":
+        if body and self.content_type.lower() != "application/json":
             raise Refusal(415, "the body must be application/json")
         try:
-            return msgspec.json.decode(body or b"{}", type=kind)
+            # First whether it is JSON at all, then whether it is what was asked for.
+            return msgspec.convert(msgspec.json.decode(body or b"{}"), kind)
         except msgspec.ValidationError as error:
             raise Refusal(422, str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -181,8 +181,8 @@ class Router:
         raise Refusal(405, "method not allowed", allow)
 
     def match(self, request: JSONRequest) -> tuple[dict[str, Handler], dict[str, int]]:
-        try:
-            path = request.path_info or "/"
+        try:  # PEP 3333, "Unicode Issues"; an empty PATH_INFO may be missing
+            path = request.environ.get("PATH_INFO", "").encode("latin-1").decode() or "/"
         except UnicodeDecodeError:
             path = ""
         for pattern, handlers in self.routes.items():
@@ -211,9 +211,10 @@ def errors_as_json(app: WSGIApplication) -> WSGIApplication:
         try:
             return app(environ, start_response)
         except Exception:
-            log.exception("%s %s failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            method = environ["REQUEST_METHOD"]
+            log.exception("%s %r failed", method, environ.get("PATH_INFO", ""))
             response = as_json(Error("internal server error"), 500)
             start_response(response.status, response.headerlist, sys.exc_info())
-            return response.app_iter
+            return [] if method == "HEAD" else response.app_iter
 
     return answer

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import scoped_session, sessionmaker
 from waitress.server import create_server
 
@@ -58,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"a SQLAlchemy URL (default: $DATABASE_URL, or {DEFAULT_URL})",
     )
     parser.add_argument(
-        "--listen", metavar="HOST:PORT", default="127.0.0.1:8080", help="default: %(default)s"
+        "--listen",
+        metavar="HOST:PORT",
+        type=_address,
+        default="127.0.0.1:8080",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--threads", metavar="N", type=_positive, default=8, help="default: %(default)s"
@@ -80,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         app = create_app(options.database_url, threads=options.threads, max_body=options.max_body)
-    except (ArgumentError, NoSuchModuleError, DBAPIError, ModuleNotFoundError) as error:
+    except (SQLAlchemyError, ImportError, ValueError, TypeError) as error:
+        # The last two are what a port that is no number and an unknown option come to.
         parser.exit(2, f"{parser.prog}: the database cannot be used: {error}\n")
     try:
         server = create_server(app, listen=options.listen, threads=options.threads)
@@ -90,11 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     server.run()
 
 
+def _address(text: str) -> str:
+    port = text.rpartition(":")[2] if ":" in text else ""
+    if not (port.isdecimal() and int(port) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return text
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return int(text)
 
 
 if __name__ == "__main__":

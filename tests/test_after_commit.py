@@ -403,7 +403,7 @@ def test_a_refused_commit_is_logged_with_its_traceback(
     with pytest.raises(IntegrityError):
         run(registry, lambda: refuse_commit(registry))
     [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert (record.name, record.getMessage()) == ("sessionscope", "POST /: COMMIT failed")
+    assert (record.name, record.getMessage()) == ("sessionscope", "POST /: the commit failed")
     assert record.exc_info
 
 
@@ -439,7 +439,7 @@ def test_a_scope_reports_a_refused_commit(
         session.add(Item(name="gone"))
         refuse_commit(session)
     assert names(outside) == []
-    assert "COMMIT failed" in caplog.text
+    assert "the commit failed" in caplog.text
 
 
 def test_a_scope_inside_a_request_is_a_transaction_of_its_own(

@@ -1,0 +1,149 @@
+"""What is shipped: the wheel holds the library and nothing else, and works on its own."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from email.parser import BytesParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_SOURCE = (".*", "__pycache__", "build", "dist", "*.egg-info", "items.db*")
+
+WRAP_AN_APP = """
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import scoped_session, sessionmaker
+
+from sessionscope.middleware import SessionMiddleware
+
+engine = create_engine("sqlite://")
+with engine.begin() as connection:
+    connection.execute(text("CREATE TABLE items (name TEXT)"))
+Session = scoped_session(sessionmaker(engine))
+
+def app(environ, start_response):
+    Session().execute(text("INSERT INTO items VALUES (:name)"), {"name": environ["name"]})
+    start_response(environ["status"], [])
+    return [b"done"]
+
+application = SessionMiddleware(app, Session)
+for status in ("200 OK", "404 Not Found"):
+    environ = {"REQUEST_METHOD": "POST", "name": status, "status": status}
+    assert application(environ, lambda status, headers: None) == [b"done"]
+with engine.connect() as connection:
+    print(*connection.scalars(text("SELECT name FROM items")))
+engine.dispose()
+"""
+
+INSTALLED = """
+from importlib.metadata import distributions
+print(*(distribution.name.lower().replace("_", "-") for distribution in distributions()))
+"""
+
+COPIED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import middleware
+print(middleware.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an sdist, built from a copy of the tree, and of the wheel built from it."""
+    tree = tmp_path_factory.mktemp("tree") / "clone"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    subprocess.run([sys.executable, "-m", "build", tree], check=True, stdout=subprocess.PIPE)
+    return tree / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (found,) = dist.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment in which the wheel is installed."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    interpreter = folder / "bin" / "python"
+    subprocess.run([interpreter, "-m", "pip", "install", "--quiet", wheel], check=True)
+    return interpreter
+
+
+def run(python: Path, program: str, *arguments: str) -> str:
+    """What *program* prints where only the interpreter's own environment is seen."""
+    command = [str(python), "-I", "-W", "error", "-c", program, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
+    """The wheel has the one module, its type marker and metadata, and no other file."""
+    info = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        assert sorted(archive.namelist()) == [
+            f"{info}/METADATA",
+            f"{info}/RECORD",
+            f"{info}/WHEEL",
+            f"{info}/licenses/LICENSE",
+            f"{info}/top_level.txt",
+            "sessionscope/middleware.py",
+            "sessionscope/py.typed",
+        ]
+        assert archive.read("sessionscope/middleware.py") == (ROOT / "middleware.py").read_bytes()
+
+
+def test_it_requires_sqlalchemy_alone(wheel: Path) -> None:
+    """What is not behind an extra is SQLAlchemy."""
+    (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA"))
+    metadata = BytesParser().parsebytes(zipfile.ZipFile(wheel).read(name))
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert [line.partition(">")[0] for line in required] == ["SQLAlchemy"]
+
+
+def test_the_sdist_holds_the_tests(dist: Path) -> None:
+    """The sdist has all that the suite needs: each module, each test, the tools' settings."""
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    tests = {path for path in (ROOT / "tests").rglob("*.py") if "__pycache__" not in path.parts}
+    wanted = {str(path.relative_to(ROOT)) for path in tests | {*ROOT.glob("*.py")}}
+    assert wanted | {"Makefile", "README.md", "LICENSE", "pyproject.toml", "py.typed"} <= held
+
+
+def test_installing_brings_sqlalchemy_alone(python: Path) -> None:
+    """In a fresh environment the wheel is joined by SQLAlchemy and what that needs."""
+    of_others = {"pip", "setuptools", "greenlet", "typing-extensions"}
+    assert {*run(python, INSTALLED).split()} - of_others == {"sessionscope", "sqlalchemy"}
+
+
+def test_the_installed_library_wraps_an_app(python: Path) -> None:
+    """An application wrapped in the installed middleware commits its 200 and not its 404."""
+    assert run(python, WRAP_AN_APP) == "200 OK\n"
+
+
+def test_the_library_is_one_file(python: Path, tmp_path: Path) -> None:
+    """A copy of middleware.py alone can be imported where there is nothing but SQLAlchemy."""
+    copy = shutil.copy(ROOT / "middleware.py", tmp_path)
+    assert run(python, COPIED, str(tmp_path)) == f"{copy}\n"
+
+
+def test_the_library_names_sqlalchemy_alone() -> None:
+    """No import of middleware.py, wherever it stands, names anything else, or a sibling."""
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "middleware.py").read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add("." * node.level + (node.module or ""))
+    roots = {name.partition(".")[0] for name in imported}
+    assert roots - sys.stdlib_module_names == {"sqlalchemy"}

@@ -1,0 +1,475 @@
+"""The item service as a client sees it, and what its answers leave in the database."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from wsgiref.util import shift_path_info
+from wsgiref.validate import validator
+
+import pytest
+from sqlalchemy import Column, Engine, ForeignKey, Integer, MetaData, String, Table, insert, select
+from sqlalchemy import text as sql
+from support import Reply, Server, environ, serve_once
+from webtest import TestApp
+
+import serve
+from models import Base, Item, make_engine
+from resources import errors_as_json
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+SIXTEEN = "sixteen letters!"
+INTERNAL = b'{"error": "internal server error"}'
+
+
+@dataclass
+class Service:
+    """The whole service, a client of it, and a second engine on its database."""
+
+    app: WSGIApplication
+    client: TestApp
+    outside: Engine
+
+    def rows(self) -> list[tuple[int, str | None]]:
+        """What is durable."""
+        with self.outside.connect() as connection:
+            found = connection.execute(select(Item.id, Item.name).order_by(Item.id))
+            return [(id, name) for id, name in found]
+
+    def post(self, body: bytes, status: int, **options: Any) -> Any:
+        options.setdefault("content_type", "application/json")
+        return self.client.post("/", body, status=status, **options)
+
+    def post_raw(self, body: bytes, **more: Any) -> Reply:
+        """Post *body* as a server would that knows only what *more* says of it."""
+        stream = io.BytesIO(body)
+        more = {"CONTENT_TYPE": "application/json", "wsgi.input": stream, **more}
+        return serve_once(validator(self.app), environ("POST", **more))
+
+
+@contextmanager
+def service_at(url: str, **options: Any) -> Iterator[Service]:
+    """Run the service; at the end no connection may be out."""
+    engines: list[Engine] = []
+
+    def kept(make: Callable[..., Engine | None]) -> Callable[..., Engine | None]:
+        def made(*args: Any, **options: Any) -> Engine | None:
+            engine = make(*args, **options)
+            if engine is not None:
+                engines.append(engine)
+            return engine
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_engine", "make_reader"):
+            patch.setattr(serve, name, kept(getattr(serve, name)))
+        app = serve.create_app(url, **options)
+    outside = make_engine(url)
+    yield Service(app, TestApp(validator(app)), outside)
+    left = [engine.pool.checkedout() for engine in engines]  # type: ignore[attr-defined]
+    for engine in engines:
+        engine.dispose()
+    Base.metadata.drop_all(outside)
+    outside.dispose()
+    assert not any(left), "a connection was not returned to its pool"
+
+
+@pytest.fixture
+def memory_url(tmp_path: Path) -> str:
+    """A database in memory that a second engine of this process can look into."""
+    return f"sqlite:///file:{tmp_path.name}?mode=memory&cache=shared&uri=true"
+
+
+@pytest.fixture
+def service(sqlite_url: str) -> Iterator[Service]:
+    """The service on a SQLite file."""
+    with service_at(sqlite_url) as made:
+        yield made
+
+
+@pytest.fixture(params=["sqlite", "memory", "postgresql", "mariadb"])
+def any_service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    """The service on each database in turn."""
+    with service_at(request.getfixturevalue(f"{request.param}_url")) as made:
+        yield made
+
+
+# What works, on every database.
+
+
+def test_an_item_is_created(any_service: Service) -> None:
+    """POST / makes an item named after its id, and the answer is exact to the byte."""
+    answer = any_service.client.post("/")
+    assert answer.status == "200 OK"
+    assert answer.content_type == "application/json"
+    assert answer.body == b'{"id": 1, "name": "Item #1"}'
+    assert any_service.rows() == [(1, "Item #1")]
+
+
+def test_an_item_gets_the_name_that_is_given(any_service: Service) -> None:
+    """POST / takes the name from the body."""
+    answer = any_service.client.post_json("/", {"name": "chair"})
+    assert answer.body == b'{"id": 1, "name": "chair"}'
+    assert any_service.rows() == [(1, "chair")]
+
+
+def test_items_are_listed(any_service: Service) -> None:
+    """GET / lists all items in the order of their ids."""
+    assert any_service.client.get("/").body == b'{"items": []}'
+    for body in (b"", b'{"name": "chair"}'):
+        any_service.post(body, 200)
+    assert any_service.client.get("/").json == {
+        "items": [{"id": 1, "name": "Item #1"}, {"id": 2, "name": "chair"}]
+    }
+
+
+def test_an_item_is_shown(any_service: Service) -> None:
+    """GET /<id> shows the item, in the bytes with which it was created."""
+    created = any_service.client.post("/")
+    shown = any_service.client.get("/1")
+    assert (shown.status, shown.body) == ("200 OK", created.body)
+
+
+def test_an_unknown_item_is_not_found(any_service: Service) -> None:
+    """GET of an id that no item has is a 404 that says so, exact to the byte."""
+    answer = any_service.client.get("/1", status=404)
+    assert answer.status == "404 Not Found"
+    assert answer.content_type == "application/json"
+    assert answer.body == b'{"error": "not found"}'
+
+
+@pytest.mark.parametrize("id", [2**31 - 1, 2**31, 2**32 + 1, 2**63, 10**30])
+def test_an_id_beyond_the_column_is_not_found(id: int, any_service: Service) -> None:
+    """An id that is no 32-bit integer, or the largest, is a 404 on every database."""
+    any_service.client.post("/")
+    assert any_service.client.get(f"/{id}", status=404).json == {"error": "not found"}
+
+
+@pytest.mark.parametrize("name", [SIXTEEN, "\U0001f600" * 16, " ", "'; --\n\x7f\\\"", "e\u0301"])
+def test_a_name_comes_back_as_it_was_sent(name: str, any_service: Service) -> None:
+    """Any text of 1 to 16 characters is stored and shown unchanged."""
+    assert any_service.client.post_json("/", {"name": name}).json["name"] == name
+    assert any_service.client.get("/1").json == {"id": 1, "name": name}
+    assert any_service.rows() == [(1, name)]
+
+
+def test_a_refused_request_leaves_no_trace(any_service: Service) -> None:
+    """After a request that was refused the next one works, and there is one row, its own."""
+    any_service.post(b'{"name": ""}', 422)
+    any_service.client.get("/7", status=404)
+    any_service.post(b'{"name": "chair"}', 200)
+    assert [name for _, name in any_service.rows()] == ["chair"]
+
+
+def test_a_second_start_finds_the_items(any_url: str) -> None:
+    """The service started again on the same database serves what it had."""
+    with service_at(any_url) as first:
+        first.client.post("/")
+        with service_at(any_url) as second:
+            assert second.client.get("/1").json == {"id": 1, "name": "Item #1"}
+
+
+def test_reading_does_not_wait_for_writing(service: Service) -> None:
+    """While another program writes to the SQLite file, GET is answered at once."""
+    service.client.post("/")
+    with service.outside.begin() as connection:
+        connection.execute(insert(Item).values(name="soon"))
+        assert service.client.get("/").json == {"items": [{"id": 1, "name": "Item #1"}]}
+
+
+# Bodies.
+
+DEEP = b"[" * 30_000 + b"]" * 30_000
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        pytest.param(b"{", 400, "not JSON", id="cut"),
+        pytest.param(b'{"name": "a"} x', 400, "not JSON", id="trailing"),
+        pytest.param(b" ", 400, "not JSON", id="blank"),
+        pytest.param(b"{'name': 'a'}", 400, "not JSON", id="quotes"),
+        pytest.param(b"[1,", 400, "not JSON", id="malformed-and-no-object"),
+        pytest.param(b'{"name": "\xff"}', 400, "not JSON", id="no-utf8"),
+        pytest.param(b'{"other": "\xff"}', 400, "not JSON", id="no-utf8-elsewhere"),
+        pytest.param('{"name": "a"}'.encode("utf-16"), 400, "not JSON", id="utf16"),
+        pytest.param(b'{"name": "\\ud800"}', 400, "not JSON", id="lone-surrogate"),
+        pytest.param(b'{"name": "\xed\xa0\x80"}', 400, "not JSON", id="surrogate-bytes"),
+        pytest.param(DEEP, 400, "not JSON", id="deep"),
+        pytest.param(b'{"name": ' + DEEP + b"}", 400, "not JSON", id="deep-name"),
+        pytest.param(b"[]", 422, "`object`", id="array"),
+        pytest.param(b'"chair"', 422, "`object`", id="string"),
+        pytest.param(b"null", 422, "`object`", id="null"),
+        pytest.param(b'{"name": 1}', 422, "`str`, got `int` - at `$.name`", id="number"),
+        pytest.param(b'{"name": ["a"]}', 422, "`str`, got `array` - at `$.name`", id="list"),
+        pytest.param(b'{"name": null}', 422, "`str`, got `null` - at `$.name`", id="null-name"),
+        pytest.param(b'{"name": ""}', 422, "length >= 1 - at `$.name`", id="empty"),
+        pytest.param(b'{"name": "12345678901234567"}', 422, "<= 16 - at `$.name`", id="long"),
+        pytest.param(b'{"name": "a\\u0000b"}', 422, "at `$.name`", id="nul"),
+        pytest.param(b'{"name": "\\u0000\\n"}', 422, "at `$.name`", id="nul-newline"),
+        pytest.param(b'{"name": 1e999}', 422, "out of range", id="huge"),
+        pytest.param(b'{"name": "a", "id": 7}', 422, "unknown field `id`", id="unknown"),
+        pytest.param(b'{"Name": "a"}', 422, "unknown field `Name`", id="case"),
+    ],
+)
+def test_bad_input_is_refused(body: bytes, status: int, words: str, service: Service) -> None:
+    """What is no JSON is a 400, what is JSON but wrong a 422 with field and rule; no row stays."""
+    answer = service.post(body, status)
+    assert answer.content_type == "application/json"
+    assert list(answer.json) == ["error"]
+    assert words in answer.json["error"]
+    assert service.rows() == []
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "application/x-www-form-urlencoded", "application/vnd.api+json", "json", ""],
+)
+def test_another_content_type_is_refused(content_type: str, service: Service) -> None:
+    """A body that does not say that it is JSON is a 415, and no row stays."""
+    answer = service.post(b'{"name": "a"}', 415, content_type=content_type)
+    assert answer.json == {"error": "the body must be application/json"}
+    assert service.rows() == []
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "application/json; charset=utf-8", "Application/JSON"]
+)
+def test_json_may_be_spelled_in_many_ways(content_type: str, service: Service) -> None:
+    """Neither the case nor a parameter of the content type matters."""
+    assert service.post(b'{"name": "a"}', 200, content_type=content_type).json["name"] == "a"
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain"])
+def test_no_body_needs_no_content_type(content_type: str, service: Service) -> None:
+    """A request without a body makes an item, whatever it says of the body's type."""
+    assert service.post(b"", 200, content_type=content_type).json["name"] == "Item #1"
+
+
+SIZED = {"CONTENT_LENGTH": "33"}
+CHUNKED = {"wsgi.input_terminated": True}
+
+
+@pytest.mark.parametrize("how", [SIZED, CHUNKED], ids=["sized", "chunked"])
+def test_a_body_over_the_limit_is_refused(how: dict[str, Any], sqlite_url: str) -> None:
+    """A body of one byte more than the limit is a 413, whether its length is known or not."""
+    with service_at(sqlite_url, max_body=32) as service:
+        reply = service.post_raw(b'{"name": "chair"}'.ljust(33), **how)
+        assert reply.status == "413 Request Entity Too Large"
+        assert json.loads(reply.content) == {"error": "a body may have at most 32 bytes"}
+        assert service.rows() == []
+
+
+@pytest.mark.parametrize("how", [{"CONTENT_LENGTH": "32"}, CHUNKED], ids=["sized", "chunked"])
+def test_a_body_of_the_limit_is_taken(how: dict[str, Any], sqlite_url: str) -> None:
+    """A body of just the limit makes its item, whether its length is known or not."""
+    with service_at(sqlite_url, max_body=32) as service:
+        reply = service.post_raw(b'{"name": "chair"}'.ljust(32), **how)
+        assert reply.content == b'{"id": 1, "name": "chair"}'
+
+
+def test_a_long_body_is_not_read(service: Service) -> None:
+    """A Content-Length over the limit is refused before anything is read."""
+    stream = io.BytesIO(b"{}")
+    service.post_raw(b"", **{"CONTENT_LENGTH": str(2**40), "wsgi.input": stream})
+    assert stream.tell() == 0
+
+
+def test_an_incomplete_body_is_refused(service: Service) -> None:
+    """A body that ends before its Content-Length is a 400, even if it is JSON so far."""
+    reply = service.post_raw(b'{"name": "chair"}', CONTENT_LENGTH="18")
+    assert reply.status == "400 Bad Request"
+    assert json.loads(reply.content) == {"error": "the body is incomplete"}
+    assert service.rows() == []
+
+
+def test_a_body_that_breaks_off_is_refused(service: Service) -> None:
+    """A body whose reading fails, as servers report a lost client, is a 400."""
+
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise ConnectionResetError("the client is gone")
+
+    reply = service.post_raw(b"", **{"wsgi.input": Broken(), **CHUNKED})
+    assert reply.status == "400 Bad Request"
+    assert service.rows() == []
+
+
+# Paths and methods.
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("/0", id="zero"),
+        pytest.param("/01", id="leading-zero"),
+        pytest.param("/+1", id="plus"),
+        pytest.param("/-1", id="minus"),
+        pytest.param("/1.0", id="fraction"),
+        pytest.param("/1_0", id="underscore"),
+        pytest.param("/1/", id="trailing-slash"),
+        pytest.param("//1", id="double-slash"),
+        pytest.param("/1%0A", id="newline"),
+        pytest.param("/%D9%A1", id="arabic-digit"),
+        pytest.param("/%EF%BC%91", id="wide-digit"),
+        pytest.param("/%C2%B2", id="superscript"),
+        pytest.param("/%FF", id="no-utf8"),
+        pytest.param("/%00", id="nul"),
+        pytest.param("/items", id="word"),
+    ],
+)
+def test_another_path_is_not_found(path: str, service: Service) -> None:
+    """A path that is not / or a plain decimal number is a 404."""
+    service.client.post("/")
+    assert service.client.get(path, status=404).body == b'{"error": "not found"}'
+
+
+def test_a_path_may_be_percent_encoded(service: Service) -> None:
+    """A digit that is percent-encoded is that digit."""
+    service.client.post("/")
+    assert service.client.get("/%31").json["id"] == 1
+
+
+def test_a_query_is_ignored(service: Service) -> None:
+    """What follows a question mark changes nothing."""
+    service.client.post("/?x=%FF")
+    assert service.client.get("/1?id=2").json["id"] == 1
+
+
+@pytest.mark.parametrize(("path", "status"), [("/", 200), ("/1", 200), ("/2", 404)])
+def test_head_is_get_without_a_body(path: str, status: int, service: Service) -> None:
+    """HEAD has the status and headers of GET, and no body."""
+    service.client.post("/")
+    got = service.client.get(path, status=status)
+    head = service.client.head(path, status=status)
+    assert head.headers == got.headers
+    assert head.body == b""
+
+
+METHODS = {"/": "GET, HEAD, OPTIONS, POST", "/1": "GET, HEAD, OPTIONS"}
+
+
+@pytest.mark.parametrize("path", METHODS)
+def test_options_tells_the_methods(path: str, service: Service) -> None:
+    """OPTIONS answers 204 without a body, with the methods in Allow."""
+    answer = service.client.options(path, status=204)
+    assert answer.headers["Allow"] == METHODS[path]
+    assert answer.body == b""
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("PUT", "/"), ("DELETE", "/"), ("POST", "/1"), ("PATCH", "/1"), ("BREW", "/1"), ("get", "/")],
+)
+def test_another_method_is_not_allowed(method: str, path: str, service: Service) -> None:
+    """A method that a resource has not is a 405, with those that it has in Allow."""
+    app = service.app if method in ("BREW", "get") else validator(service.app)
+    reply = serve_once(app, environ(method, path))
+    assert reply.status == "405 Method Not Allowed"
+    assert reply.content == b'{"error": "method not allowed"}'
+    assert dict(reply.headers)["Allow"] == METHODS[path]
+    assert dict(reply.headers)["Content-Type"] == "application/json"
+
+
+def test_it_can_be_mounted_anywhere(service: Service) -> None:
+    """Under a prefix everything is as at the root, with or without the final slash."""
+
+    def site(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
+        assert shift_path_info(environ) == "shop"
+        return service.app(environ, start_response)
+
+    client = TestApp(validator(site))
+    assert client.post("/shop").body == b'{"id": 1, "name": "Item #1"}'
+    assert client.get("/shop/").json["items"] == [{"id": 1, "name": "Item #1"}]
+    assert client.get("/shop/1").json["id"] == 1
+    client.get("/shop/shop", status=404)
+
+
+def test_an_empty_path_may_be_left_out(service: Service) -> None:
+    """A mounted service takes an environ without PATH_INFO for its root."""
+    request = environ("GET", SCRIPT_NAME="/shop")
+    del request["PATH_INFO"]
+    assert serve_once(service.app, request).content == b'{"items": []}'
+
+
+# What nobody expected.
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/"), ("GET", "/1")])
+def test_an_unexpected_error_tells_nothing(
+    method: str, path: str, any_service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the table is gone the client learns only that, and the log has the traceback."""
+    Base.metadata.drop_all(any_service.outside)
+    answer = any_service.client.request(path, method=method, status=500)
+    assert answer.body == INTERNAL
+    assert answer.content_type == "application/json"
+    (record,) = (record for record in caplog.records if record.name == "items")
+    assert record.levelno == logging.ERROR
+    assert record.getMessage() == f"{method} '{path}' failed"
+    assert "items" in str(record.exc_info)
+
+
+def test_an_unexpected_error_of_head_has_no_body(service: Service) -> None:
+    """The 500 that answers HEAD has the headers of the one for GET, and no body."""
+    Base.metadata.drop_all(service.outside)
+    answer = service.client.head("/", status=500)
+    assert answer.headers["Content-Length"] == str(len(INTERNAL))
+    assert answer.body == b""
+
+
+def test_the_log_shows_a_path_on_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A line break in a path is escaped in the log."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
+        raise RuntimeError("unexpected")
+
+    reply = serve_once(errors_as_json(app), environ("GET", "/\nERROR forged"))
+    assert reply.content == INTERNAL
+    assert caplog.messages == [r"GET '/\nERROR forged' failed"]
+
+
+def test_an_error_after_the_first_byte_is_the_servers() -> None:
+    """What is raised when bytes have left reaches the server, which can cut the response."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
+        start_response("200 OK", [])(b"first")
+        raise RuntimeError("unexpected")
+
+    server = Server(errors_as_json(app))
+    with pytest.raises(RuntimeError, match="unexpected"):
+        server.run()
+    assert server.reply.chunks == [b"first"]
+
+
+@pytest.mark.parametrize("any_url", ["sqlite", "postgresql"], indirect=True)
+def test_a_commit_that_fails_is_an_error(any_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the database refuses COMMIT the client gets a 500, never a 200, and no row stays."""
+    metadata = MetaData()
+    Table("allowed", metadata, Column("name", String(16), primary_key=True))
+    reference = ForeignKey("allowed.name", deferrable=True, initially="DEFERRED")
+    id = Column("id", Integer, primary_key=True)
+    Table("items", metadata, id, Column("name", String(16), reference))
+    engine = make_engine(any_url)
+    metadata.create_all(engine)
+    try:
+        with service_at(any_url) as service:
+            assert service.client.post("/", status=500).body == INTERNAL
+            assert service.rows() == []
+            with service.outside.begin() as connection:
+                connection.execute(sql("INSERT INTO allowed VALUES ('chair')"))
+            assert service.post(b'{"name": "chair"}', 200).json["name"] == "chair"
+            assert [name for _, name in service.rows()] == ["chair"]
+    finally:
+        metadata.drop_all(engine)
+        engine.dispose()
+    assert "the commit failed" in caplog.text

@@ -1,0 +1,390 @@
+"""What the engines promise: real transactions on each database, and a reader beside the writer."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import databases
+import pytest
+from sqlalchemy import Connection, Engine, event, func, insert, inspect, select, update
+from sqlalchemy import text as sql
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from support import PATIENCE, environ, names, serve_once, text
+
+import models
+from middleware import SessionMiddleware
+from models import Item, create_tables, make_engine, make_reader
+
+Registry = scoped_session[Session]
+
+
+@contextmanager
+def engine_for(url: str, make: Callable[..., Engine | None] = make_engine) -> Iterator[Engine]:
+    engine = make(url)
+    assert engine is not None
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def reader(sqlite_url: str, engine: Engine) -> Iterator[Engine]:
+    """The reader beside the writer *engine*."""
+    with engine_for(sqlite_url, make_reader) as made:
+        yield made
+
+
+def item(name: str) -> Any:
+    return insert(Item).values(name=name)
+
+
+def tell_when_it_begins(engine: Engine, statement: str) -> threading.Event:
+    """An event that is set when a connection of *engine* sends *statement*."""
+    sent = threading.Event()
+
+    def trace(seen: str) -> None:
+        if seen.startswith(statement):
+            sent.set()
+
+    @event.listens_for(engine, "connect", insert=True)
+    def watch(dbapi_connection: Any, _record: object) -> None:
+        dbapi_connection.set_trace_callback(trace)
+
+    return sent
+
+
+# URLs.
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("postgresql://host/db", "psycopg"),
+        ("postgresql+psycopg://host/db", "psycopg"),
+        ("mysql://host/db", "pymysql"),
+        ("mariadb://host/db", "pymysql"),
+        ("mysql+pymysql://host/db", "pymysql"),
+        ("sqlite:///items.db", "pysqlite"),
+    ],
+)
+def test_a_url_needs_no_driver(url: str, driver: str) -> None:
+    """PostgreSQL means psycopg 3, MySQL and MariaDB mean PyMySQL."""
+    with engine_for(url) as engine:
+        assert engine.dialect.driver == driver
+
+
+@pytest.mark.parametrize("make", [make_engine, make_reader])
+def test_what_is_no_url_is_refused(make: Callable[[str], Engine | None]) -> None:
+    """A text that is no URL is an ArgumentError."""
+    with pytest.raises(ArgumentError):
+        make("items.db")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file:items?mode=memory&cache=shared&uri=true",
+        "sqlite:///file::memory:?uri=true",
+        "postgresql://host/db",
+        "mariadb://host/db",
+    ],
+)
+def test_only_a_sqlite_file_has_a_reader(url: str) -> None:
+    """Elsewhere the one engine serves everything."""
+    assert make_reader(url) is None
+
+
+# SQLite in a file.
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 10_000)],
+)
+@pytest.mark.parametrize("which", ["engine", "reader"])
+def test_settings_of_sqlite(
+    setting: str, value: object, which: str, request: pytest.FixtureRequest
+) -> None:
+    """Both engines use WAL, flush at each COMMIT, check foreign keys and wait for a lock."""
+    with request.getfixturevalue(which).connect() as connection:
+        assert connection.scalar(sql(f"PRAGMA {setting}")) == value
+
+
+def test_a_second_writer_is_stopped_at_begin(
+    engine: Engine, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction takes the write lock before its first statement."""
+    monkeypatch.setattr(models, "BUSY_TIMEOUT", 0)
+    with engine_for(sqlite_url) as second, second.connect() as connection:
+        with engine.begin(), pytest.raises(OperationalError, match="database is locked") as caught:
+            connection.begin()
+        assert caught.value.statement is None
+
+
+def test_a_second_writer_waits_its_turn(engine: Engine, sqlite_url: str) -> None:
+    """A transaction that begins during another one waits, and then sees what that one wrote."""
+    with engine_for(sqlite_url) as second, ThreadPoolExecutor() as threads:
+        waiting = tell_when_it_begins(second, "BEGIN IMMEDIATE")
+        with engine.begin() as connection:
+            connection.execute(item("first"))
+            seen = threads.submit(names, second)
+            assert waiting.wait(PATIENCE)
+        assert seen.result(PATIENCE) == ["first"]
+
+
+def test_a_process_writes_on_one_connection(sqlite_url: str) -> None:
+    """Threads that write wait for their process's one writer, however many there may be."""
+    engine = make_engine(sqlite_url, pool_size=8)
+    assert engine.pool.size() == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("which", ["engine", "reader"])
+def test_a_select_is_in_the_transaction(which: str, request: pytest.FixtureRequest) -> None:
+    """A transaction that only reads is one for the database too."""
+    with request.getfixturevalue(which).connect() as connection:
+        connection.execute(select(Item))
+        assert connection.connection.dbapi_connection.in_transaction
+
+
+def test_ddl_is_in_the_transaction(engine: Engine) -> None:
+    """A table made in a transaction goes with its rollback."""
+    with engine.connect() as connection:
+        connection.execute(sql("CREATE TABLE brief (id INTEGER)"))
+        connection.rollback()
+    assert not inspect(engine).has_table("brief")
+
+
+def test_a_reader_waits_for_no_writer(engine: Engine, reader: Engine) -> None:
+    """During a transaction that writes, readers see what was there before it."""
+    with engine.begin() as connection:
+        connection.execute(item("soon"))
+        assert names(reader) == []
+    assert names(reader) == ["soon"]
+
+
+def test_a_writer_waits_for_no_reader(engine: Engine, reader: Engine) -> None:
+    """A writer commits while a reader is in a transaction, which goes on seeing one state."""
+    with reader.connect() as connection:
+        count = select(func.count()).select_from(Item)
+        assert connection.scalar(count) == 0
+        with engine.begin() as writer:
+            writer.execute(item("new"))
+        assert connection.scalar(count) == 0
+
+
+def test_a_reader_cannot_write(reader: Engine) -> None:
+    """The database refuses what a reader tries to write."""
+    with (
+        reader.connect() as connection,
+        pytest.raises(OperationalError, match="attempt to write a readonly database"),
+    ):
+        connection.execute(item("gone"))
+
+
+def test_a_fresh_file_is_opened_by_many(sqlite_url: str, tmp_path: Path) -> None:
+    """Where another one writes to a file that is not in WAL yet, the first connection waits."""
+    with engine_for(sqlite_url) as engine, ThreadPoolExecutor() as threads:
+        waiting = tell_when_it_begins(engine, "BEGIN EXCLUSIVE")
+        other = sqlite3.connect(tmp_path / "items.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        connecting = threads.submit(engine.connect)
+        connecting.add_done_callback(lambda _: waiting.set())
+        assert waiting.wait(PATIENCE)
+        other.execute("COMMIT")
+        other.close()
+        with connecting.result(PATIENCE) as connection:
+            assert connection.scalar(sql("PRAGMA journal_mode")) == "wal"
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    """A file that would have to be turned to WAL, but may only be read, is an error."""
+    (tmp_path / "items.db").touch()
+    url = f"sqlite:///file:{tmp_path}/items.db?mode=ro&uri=true"
+    with (
+        engine_for(url) as engine,
+        pytest.raises(OperationalError, match="attempt to write a readonly database"),
+    ):
+        engine.connect()
+
+
+# SQLite in memory.
+
+
+def test_threads_take_turns_in_memory() -> None:
+    """Many threads share the one database in memory, one transaction at a time."""
+    with engine_for("sqlite://") as engine, ThreadPoolExecutor(8) as threads:
+        create_tables(engine)
+        together = threading.Barrier(8)
+
+        def read_then_write(_: int) -> None:
+            together.wait(PATIENCE)
+            with Session(engine) as session, session.begin():
+                count = session.scalar(select(func.count()).select_from(Item))
+                session.add(Item(name=str(count)))
+
+        assert list(threads.map(read_then_write, range(8))) == [None] * 8
+        assert names(engine) == [str(number) for number in range(8)]
+
+
+# PostgreSQL and MariaDB.
+
+
+def test_mariadb_refuses_a_lost_update(mariadb_url: str) -> None:
+    """A row that another one changed since it was read cannot be overwritten (error 1020)."""
+    with engine_for(mariadb_url) as engine:
+        create_tables(engine)
+        try:
+            with engine.begin() as connection:
+                connection.execute(item("old"))
+            with engine.connect() as late, engine.connect() as early:
+                assert late.scalar(sql("SELECT @@innodb_snapshot_isolation")) == 1
+                assert late.scalar(select(Item.name)) == "old"
+                early.execute(update(Item).values(name="new"))
+                early.commit()
+                with pytest.raises(OperationalError, match="1020"):
+                    late.execute(update(Item).values(name="lost"))
+            assert names(engine) == ["new"]
+        finally:
+            models.Base.metadata.drop_all(engine)
+
+
+def test_mariadb_stores_any_text(mariadb_url: str) -> None:
+    """Names are Unicode also in a database whose character set is not."""
+    url = mariadb_url.removesuffix("/tests")
+    databases.execute(f"{url}/mysql", "CREATE DATABASE latin CHARACTER SET latin1")
+    with engine_for(f"{url}/latin") as engine:
+        create_tables(engine)
+        with engine.begin() as connection:
+            connection.execute(item("\U0001f600" * 16))
+        assert names(engine) == ["\U0001f600" * 16]
+    databases.execute(f"{url}/mysql", "DROP DATABASE latin")
+
+
+def test_tables_are_made_once(any_url: str) -> None:
+    """Making the tables again changes nothing of what they hold."""
+    with engine_for(any_url) as engine:
+        try:
+            create_tables(engine)
+            with engine.begin() as connection:
+                connection.execute(item("kept"))
+            create_tables(engine)
+            assert names(engine) == ["kept"]
+        finally:
+            models.Base.metadata.drop_all(engine)
+
+
+def test_postgresql_makes_tables_once(postgresql_url: str) -> None:
+    """Who makes the tables while another one is just about to commit them waits, and succeeds."""
+    made, waited = threading.Event(), threading.Event()
+    blocked = sql("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    with (
+        engine_for(postgresql_url) as first,
+        engine_for(postgresql_url) as second,
+        ThreadPoolExecutor() as threads,
+    ):
+
+        @event.listens_for(first, "commit")
+        def hold(connection: Connection) -> None:
+            made.set()
+            assert waited.wait(PATIENCE)
+
+        try:
+            attempts = [threads.submit(create_tables, first)]
+            assert made.wait(PATIENCE)
+            attempts.append(threads.submit(create_tables, second))
+            with second.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                until = monotonic() + PATIENCE
+                while not connection.scalar(blocked) and monotonic() < until:
+                    pass
+            waited.set()
+            assert [attempt.result(PATIENCE) for attempt in attempts] == [None, None]
+        finally:
+            waited.set()
+            models.Base.metadata.drop_all(second)
+
+
+# The reader under the middleware.
+
+
+def bind_of(registry: scoped_session[Any], reader: Engine, method: str) -> object:
+    """What the session of a request is bound to."""
+    seen: list[object] = []
+    app = text(b"", before=lambda: seen.append(registry().get_bind(Item)))
+    serve_once(SessionMiddleware(app, registry, reader=reader), environ(method))
+    return seen.pop()
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "TRACE"])
+def test_a_safe_method_reads(method: str, registry: Registry, reader: Engine) -> None:
+    """The session of a safe method is bound to the reader."""
+    assert bind_of(registry, reader, method) is reader
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "get", ""])
+def test_another_method_writes(
+    method: str, registry: Registry, engine: Engine, reader: Engine
+) -> None:
+    """The session of any other method is bound as the registry has it."""
+    assert bind_of(registry, reader, method) is engine
+
+
+def test_a_get_that_writes_is_refused_by_the_database(
+    registry: Registry, outside: Engine, reader: Engine
+) -> None:
+    """What a safe request tries to write is the database's error."""
+    app = text(b"", before=lambda: registry.execute(item("gone")))
+    with pytest.raises(OperationalError, match="readonly"):
+        serve_once(SessionMiddleware(app, registry, reader=reader))
+    assert names(outside) == []
+
+
+def test_a_joined_request_stays_with_the_outer(
+    registry: Registry, engine: Engine, reader: Engine
+) -> None:
+    """A GET inside a POST sees what the POST has not committed yet."""
+    seen = []
+    inner = SessionMiddleware(
+        text(b"", before=lambda: seen.append(registry.scalar(select(Item.name)))),
+        registry,
+        reader=reader,
+    )
+
+    def work() -> None:
+        registry.execute(item("new"))
+        serve_once(inner, environ("GET"))
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
+    assert seen == ["new"]
+
+
+def test_a_connection_goes_before_the_reader(engine: Engine, reader: Engine) -> None:
+    """A registry that is bound to a Connection, as tests do, ignores the reader."""
+    with engine.connect() as connection:
+        registry = scoped_session(sessionmaker(connection))
+        assert bind_of(registry, reader, "GET") is connection
+
+
+def test_binds_go_before_the_reader(engine: Engine, reader: Engine) -> None:
+    """What a session's binds= say of a class goes before the reader."""
+    registry = scoped_session(sessionmaker(binds={Item: engine}))
+    assert bind_of(registry, reader, "GET") is engine
+
+
+def test_get_bind_goes_before_the_reader(engine: Engine, reader: Engine) -> None:
+    """What a session's own get_bind() says goes before the reader."""
+
+    class Routed(Session):
+        def get_bind(self, *args: Any, **options: Any) -> Engine:
+            return engine
+
+    registry = scoped_session(sessionmaker(class_=Routed))
+    assert bind_of(registry, reader, "GET") is engine
