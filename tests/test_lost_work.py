@@ -1,0 +1,478 @@
+"""Ways in which work was once lost under a complete success; each stays closed."""
+
+from __future__ import annotations
+
+import gc
+import io
+import sys
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, insert, select
+from sqlalchemy import text as sql
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, object_session, scoped_session, sessionmaker
+from support import Server, environ, names, refuse_commit, serve_once, text
+
+from middleware import Outcome, SessionMiddleware, TransactionDoomed, on_commit, session_scope
+from models import Item
+
+Registry = scoped_session[Session]
+
+
+def post(
+    work: Callable[[], object], registry: Registry, status: str = "200 OK", **options: Any
+) -> None:
+    app = text(b"fine", status=status, before=work)
+    serve_once(SessionMiddleware(app, registry, **options), environ("POST"))
+
+
+def add(registry: Registry, name: str = "x") -> None:
+    registry.add(Item(name=name))
+    registry.flush()
+
+
+def undo_everything(registry: Registry) -> None:
+    """Have SQLite roll the whole transaction back, and swallow its error."""
+    with suppress(IntegrityError):
+        registry.execute(insert(Item).prefix_with("OR ROLLBACK").values(id=1))
+
+
+@pytest.fixture
+def taken(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(insert(Item).values(id=1, name="taken"))
+
+
+# What the application commits itself.
+
+
+@pytest.mark.usefixtures("taken")
+def test_an_own_commit_of_a_doomed_transaction_is_refused(
+    registry: Registry, outside: Engine
+) -> None:
+    """commit() in the application refuses a doomed transaction, and runs no callback."""
+    ran: list[str] = []
+
+    def work() -> None:
+        add(registry)
+        on_commit(registry, lambda: ran.append("called"))
+        undo_everything(registry)
+        registry.commit()
+
+    with pytest.raises(TransactionDoomed):
+        post(work, registry)
+    assert (names(outside), ran) == (["taken"], [])
+
+
+@pytest.mark.usefixtures("taken")
+def test_a_refused_own_commit_that_is_swallowed_is_refused_again(
+    registry: Registry, outside: Engine
+) -> None:
+    """Swallowing the refusal of an own commit does not turn it into a success."""
+
+    def work() -> None:
+        add(registry)
+        undo_everything(registry)
+        with suppress(TransactionDoomed):
+            registry.commit()
+
+    with pytest.raises(TransactionDoomed):
+        post(work, registry)
+    assert names(outside) == ["taken"]
+
+
+@pytest.mark.usefixtures("taken")
+def test_a_hook_before_commit_that_swallows_an_error_is_seen(
+    registry: Registry, outside: Engine
+) -> None:
+    """An error swallowed in a before_commit hook dooms the transaction like any other."""
+
+    def work() -> None:
+        event.listen(registry(), "before_commit", lambda session: undo_everything(registry))
+        add(registry)
+
+    with pytest.raises(TransactionDoomed):
+        post(work, registry)
+    assert names(outside) == ["taken"]
+
+
+@pytest.mark.parametrize("first", ["plain", "made"])
+def test_sessions_of_related_classes_commit_alike(
+    first: str, engine: Engine, outside: Engine
+) -> None:
+    """A Session and a class derived from it serve requests in either order."""
+    plain_factory: Any = lambda: Session(engine)  # noqa: E731
+    registries: list[Registry] = [
+        scoped_session(plain_factory),
+        scoped_session(sessionmaker(engine)),
+    ]
+    if first == "made":
+        registries.reverse()
+
+    for registry in registries:
+
+        def work(registry: Registry = registry) -> None:
+            add(registry)
+            registry.commit()
+
+        post(work, registry)
+    assert names(outside) == ["x", "x"]
+
+
+def test_first_use_in_many_threads_at_once(engine: Engine, outside: Engine) -> None:
+    """Many threads whose first requests come together all commit."""
+    registry = scoped_session(sessionmaker(engine))
+    together = threading.Barrier(8)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        together.wait(60)
+        registry.add(Item(name="x"))
+        registry.commit()
+
+    def request() -> None:
+        try:
+            post(work, registry)
+        except BaseException as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=request) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    sys.setswitchinterval(interval)
+    assert (failed, len(names(outside))) == ([], 8)
+
+
+# Sessions that took the place of the request's.
+
+
+def replace_then_work(registry: Registry, start_response: Any) -> None:
+    registry.remove()
+    add(registry)
+    registry.remove()
+    start_response("200 OK", [])
+
+
+def replace_start_work(registry: Registry, start_response: Any) -> None:
+    registry.remove()
+    start_response("200 OK", [])
+    add(registry)
+    registry.remove()
+
+
+def only_pending(registry: Registry, start_response: Any) -> None:
+    registry.remove()
+    registry.add(Item(name="x"))
+    registry.remove()
+    start_response("200 OK", [])
+
+
+def read_then_write(registry: Registry, start_response: Any) -> None:
+    registry.execute(select(Item))
+    registry.remove()
+    add(registry)
+    start_response("200 OK", [])
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize(
+    "lose", [replace_then_work, replace_start_work, only_pending, read_then_write]
+)
+def test_work_in_another_session_of_the_registry_is_no_success(
+    lose: Callable[[Registry, Any], None], method: str, registry: Registry, outside: Engine
+) -> None:
+    """Work in a session that is not the request's is refused, removed or not."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        lose(registry, start_response)
+        return [b"fine"]
+
+    with pytest.raises(TransactionDoomed):
+        serve_once(SessionMiddleware(app, registry), environ(method))
+    assert names(outside) == []
+
+
+def test_a_read_in_another_session_is_warned_of(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GET that only read in a session that is not the request's succeeds, with a warning."""
+
+    def work() -> None:
+        registry.remove()
+        registry.scalars(select(Item)).all()
+
+    assert serve_once(SessionMiddleware(text(b"", before=work), registry)).status == "200 OK"
+    assert "no longer holds this request's session" in caplog.text
+
+
+@pytest.mark.parametrize("before_the_head", [True, False])
+def test_work_in_a_scope_that_ends_inside_the_app_is_no_success(
+    before_the_head: bool, engine: Engine, outside: Engine
+) -> None:
+    """Work done while the registry's scope was another one is refused."""
+    scope = ContextVar("scope", default="server")
+    registry = scoped_session(sessionmaker(engine), scopefunc=scope.get)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        token = scope.set("app")
+        add(registry)
+        if before_the_head:
+            registry.remove()
+            scope.reset(token)
+            start_response("200 OK", [])
+        else:
+            start_response("200 OK", [])
+            registry.remove()
+            scope.reset(token)
+        return [b"fine"]
+
+    with pytest.raises(TransactionDoomed):
+        serve_once(SessionMiddleware(app, registry), environ("POST"))
+    assert names(outside) == []
+
+
+def test_a_scope_whose_session_was_replaced_is_no_success(
+    registry: Registry, outside: Engine
+) -> None:
+    """A session_scope refuses, too, what was done in a session that took its place."""
+    with pytest.raises(TransactionDoomed), session_scope(registry):
+        registry.remove()
+        add(registry)
+        registry.remove()
+    assert names(outside) == []
+
+
+def test_another_sessions_commit_is_not_ours(registry: Registry, outside: Engine) -> None:
+    """The COMMIT of a session put into the registry runs none of the request's callbacks."""
+    ran: list[str] = []
+
+    def work() -> None:
+        on_commit(registry, lambda: ran.append("called"))
+        mine = registry()
+        other = registry.session_factory(info=dict(mine.info))
+        registry.registry.set(other)
+        add(registry, "theirs")
+        registry.commit()
+        assert ran == []
+        other.close()
+        registry.registry.set(mine)
+
+    post(work, registry)
+    assert (names(outside), ran) == (["theirs"], ["called"])
+
+
+def test_a_scope_closed_by_the_garbage_collector_disturbs_nobody(
+    registry: Registry, outside: Engine
+) -> None:
+    """A scope in a stream that was dropped does not touch the registry of a later request."""
+
+    def stream(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        with session_scope(registry):
+            yield b"one"
+            yield b"two"
+
+    server = Server(SessionMiddleware(stream, registry))
+    server.begin()
+    cycle = [server]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    del server, cycle
+
+    def work() -> None:
+        mine = registry()
+        gc.collect()
+        assert registry() is mine
+        add(registry, "kept")
+
+    post(work, registry)
+    assert names(outside) == ["kept"]
+
+
+# Heads and chunks that say one thing to us and another to the client.
+
+
+def test_a_header_list_changed_after_start_response(registry: Registry) -> None:
+    """A length that is appended to the list afterwards reaches neither us nor the server."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        headers: list[tuple[str, str]] = []
+        start_response("200 OK", headers)
+        headers.append(("Content-Length", "4"))
+        yield b"fine"
+
+    assert serve_once(SessionMiddleware(app, registry)).headers == []
+
+
+@pytest.mark.parametrize("chunk", [memoryview(array("I", [1, 2])), bytearray(8)])
+def test_a_chunk_is_counted_in_bytes(chunk: Any, registry: Registry) -> None:
+    """A chunk whose len() is not its bytes is held all the same when it completes the body."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[Any]:
+        start_response("200 OK", [("Content-Length", "8")])
+        yield chunk
+        refuse_commit(registry)
+
+    with pytest.raises(IntegrityError):
+        SessionMiddleware(app, registry)(environ(), lambda *head: None)  # type: ignore[arg-type]
+
+
+def test_bytes_written_before_a_file_are_sent(registry: Registry) -> None:
+    """What write() was given goes in front of a body made by the server's file wrapper."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])(b"written, ")
+        return environ["wsgi.file_wrapper"](io.BytesIO(b"and read"))
+
+    from wsgiref.util import FileWrapper
+
+    request = {**environ(), "wsgi.file_wrapper": FileWrapper}
+    assert serve_once(SessionMiddleware(app, registry), request).content == b"written, and read"
+
+
+def test_a_path_that_is_not_latin_1_hides_no_exception(registry: Registry) -> None:
+    """A path that no server would send changes neither the outcome nor the exception."""
+    seen: list[Outcome] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        raise LookupError("from the app")
+
+    with pytest.raises(LookupError):
+        serve_once(SessionMiddleware(app, registry, observer=seen.append), environ(path="/\u2603"))
+    assert [outcome.path for outcome in seen] == ["/%3F"]
+
+
+# Callbacks.
+
+
+def test_a_flush_that_failed_in_a_savepoint_drops_its_callbacks(
+    registry: Registry, outside: Engine
+) -> None:
+    """A savepoint that is rolled back because a flush failed takes its callbacks along."""
+    ran: list[str] = []
+
+    def work() -> None:
+        on_commit(registry, lambda: ran.append("before"))
+        with suppress(IntegrityError), registry.begin_nested():
+            on_commit(registry, lambda: ran.append("inside"))
+            registry.add_all([Item(id=1, name="a"), Item(id=2, name="b")])
+            registry.flush()
+            registry.execute(insert(Item).values(id=1, name="twice"))
+
+    post(work, registry)
+    assert (ran, names(outside)) == (["before"], [])
+
+
+def test_a_session_on_a_users_connection_leaves_that_open(engine: Engine) -> None:
+    """Whatever happens after COMMIT, a Connection that the user owns is left as it is."""
+    with engine.connect() as connection:
+        outer = connection.begin()
+        registry: Registry = scoped_session(
+            sessionmaker(connection, join_transaction_mode="create_savepoint")
+        )
+
+        def work() -> None:
+            item = Item(name="x")
+            registry.add(item)
+            session = registry()
+            on_commit(registry, lambda: session.refresh(item))
+
+        post(work, registry)
+        assert outer.is_active
+        event.listen(registry.session_factory, "after_commit", lambda session: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            post(lambda: add(registry), registry)
+        assert outer.is_active
+        assert not connection.closed
+        outer.rollback()
+
+
+def test_a_callback_that_exits_leaves_the_work_committed(
+    registry: Registry, outside: Engine
+) -> None:
+    """A BaseException from a callback propagates, and the outcome is still a commit."""
+    seen: list[Outcome] = []
+
+    def work() -> None:
+        add(registry)
+        on_commit(registry, sys.exit)
+
+    with pytest.raises(SystemExit):
+        post(work, registry, observer=seen.append)
+    assert (names(outside), [outcome.action for outcome in seen]) == (["x"], ["commit"])
+
+
+# SQLite's own ways.
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found"])
+def test_statements_after_a_lost_transaction_are_not_kept(
+    status: str, registry: Registry, outside: Engine
+) -> None:
+    """What follows the loss of a SQLite transaction is rolled back, not committed one by one."""
+
+    def work() -> None:
+        undo_everything(registry)
+        registry.execute(insert(Item).values(name="after"))
+
+    with suppress(TransactionDoomed):
+        post(work, registry, status)
+    assert names(outside) == ["taken"]
+
+
+def test_autocommit_has_no_transaction_to_lose(sqlite_url: str, engine: Engine) -> None:
+    """On a connection in AUTOCOMMIT a constraint error dooms nothing."""
+    auto = create_engine(sqlite_url, isolation_level="AUTOCOMMIT")
+    registry: Registry = scoped_session(sessionmaker(auto))
+
+    def work() -> None:
+        registry.execute(insert(Item).values(id=7, name="kept"))
+        with suppress(IntegrityError):
+            registry.execute(insert(Item).values(id=7, name="twice"))
+
+    post(work, registry)
+    assert names(engine) == ["kept"]
+    auto.dispose()
+
+
+def test_two_units_on_one_connection_both_learn_of_an_error(engine: Engine, taken: None) -> None:
+    """An error on a connection that an inner scope shared dooms the outer unit too."""
+    with engine.connect() as connection:
+        registry: Registry = scoped_session(
+            sessionmaker(connection, join_transaction_mode="rollback_only")
+        )
+
+        def work() -> None:
+            add(registry)
+            with session_scope(registry) as inner:
+                inner.execute(sql("SELECT 1"))
+            undo_everything(registry)
+
+        with pytest.raises(TransactionDoomed):
+            post(work, registry)
+        connection.rollback()
+
+
+# The observer.
+
+
+def test_the_observer_comes_when_the_session_is_closed(registry: Registry) -> None:
+    """When the observer is called, the session has let go of its objects."""
+    items = [Item(name="x")]
+    seen: list[Session | None] = []
+    post(
+        lambda: registry.add(items[0]),
+        registry,
+        observer=lambda outcome: seen.append(object_session(items[0])),
+    )
+    assert seen == [None]
