@@ -392,7 +392,7 @@ class _Attempt:
         if not self.settled:
             self.settled = True
             self.error = error
-            self.unit.rollback()
+            self.unit.rollback(error)
 
     def wants_commit(self) -> bool:
         head = self.head
@@ -650,13 +650,16 @@ class _UnitOfWork:
             try:
                 session.commit()
             except BaseException as error:
-                self.judge(error)
+                if self.was_cut_off(error) and isinstance(error, Exception):
+                    raise CommitOutcomeUnknown(
+                        "COMMIT was sent, but whether it took effect is not known"
+                    ) from error
                 raise
         self.fate = "commit"
         self.run_callbacks()
 
-    def judge(self, error: BaseException) -> None:
-        """Find out what the failure of ``Session.commit()`` has left behind.
+    def was_cut_off(self, error: BaseException | None) -> bool:
+        """Find out whether a COMMIT has failed in a way that leaves its outcome unknown.
 
         SQLAlchemy takes a transaction from its connection when COMMIT returned, or when
         it rolled back by itself, and leaves it there, inactive, when COMMIT raised.
@@ -666,18 +669,14 @@ class _UnitOfWork:
             for connection, own in self.connections.items()
             if own in (connection.get_nested_transaction(), connection.get_transaction())
         ]
-        if self.committing or not left:
-            return  # a hook after COMMIT raised, or the flush did
-        if len(left) == len(self.connections):
-            if all(own is None or own.is_active for own in left):
-                return  # a hook before COMMIT raised
-            if not _leaves_commit_unknown(error):
-                return
-        self.fate = "unknown"
-        if isinstance(error, Exception):
-            raise CommitOutcomeUnknown(
-                "COMMIT was sent, but whether it took effect is not known"
-            ) from error
+        refused = next((own for own in left if own is not None and not own.is_active), None)
+        if self.committing or refused is None:
+            return False  # a hook before COMMIT raised, or one after it, or the flush
+        if not isinstance(error, DBAPIError):
+            error = self.errors.get(refused, (error,))[0]
+        if len(left) < len(self.connections) or _leaves_commit_unknown(error):
+            self.fate = "unknown"
+        return self.fate == "unknown"
 
     def check(self) -> None:
         """Refuse to commit a transaction that the database has already given up."""
@@ -697,8 +696,11 @@ class _UnitOfWork:
     def loss(self) -> str:
         return next(iter(self.lost.values()))
 
-    def rollback(self) -> None:
-        """Undo the work; a failure to do so is logged, and the connections discarded."""
+    def rollback(self, error: BaseException | None = None) -> None:
+        """Undo the work because of *error*.
+
+        A failure to do so is logged, and the connections are discarded.
+        """
         session = self.session
         if not session.in_transaction():
             return
@@ -708,7 +710,7 @@ class _UnitOfWork:
                 return
             if self.fate == "commit":  # of an earlier transaction
                 self.fate = "rollback"
-            if self.fate == "unknown" or self.lost_its_node():
+            if self.was_cut_off(error) or self.lost_its_node():
                 session.invalidate()
             else:
                 session.rollback()
@@ -1125,7 +1127,7 @@ def _driver(connection: Connection) -> Any:
     return connection.connection.dbapi_connection
 
 
-def _leaves_commit_unknown(error: BaseException) -> bool:
+def _leaves_commit_unknown(error: BaseException | None) -> bool:
     """Tell whether COMMIT may have taken effect although it raised *error*."""
     if not isinstance(error, DBAPIError) or error.connection_invalidated:
         return True

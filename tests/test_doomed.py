@@ -17,10 +17,21 @@ from sqlalchemy import Engine, create_engine, event, insert, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from support import PATIENCE, debts, drop_tables, environ, make_tables, names, serve_once, text
+from support import (
+    PATIENCE,
+    debts,
+    drop_tables,
+    environ,
+    make_tables,
+    names,
+    refuse_commit,
+    serve_once,
+    text,
+)
 
 from middleware import (
     CommitOutcomeUnknown,
+    Outcome,
     SessionMiddleware,
     TransactionDoomed,
     session_scope,
@@ -177,31 +188,64 @@ def test_postgresql_a_lost_connection_is_no_success(
     assert names(postgresql) == []
 
 
+def die_in_commit(registry: Registry) -> None:
+    """Have the server end this connection while COMMIT runs."""
+    registry.execute(
+        sql("""
+        CREATE FUNCTION pg_temp.die() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$
+        """)
+    )
+    registry.execute(
+        sql("""
+        CREATE CONSTRAINT TRIGGER die AFTER INSERT ON items
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION pg_temp.die()
+        """)
+    )
+    add(registry, "perhaps")
+
+
 def test_postgresql_a_connection_lost_in_commit_leaves_it_unknown(
     postgresql: Engine, pg_registry: Registry
 ) -> None:
     """A connection that dies while COMMIT runs is neither success nor failure."""
+    with pytest.raises(CommitOutcomeUnknown) as caught:
+        post(lambda: die_in_commit(pg_registry), pg_registry)
+    assert isinstance(caught.value.__cause__, OperationalError)
+
+
+def test_postgresql_an_own_commit_that_was_cut_off_is_recorded_as_unknown(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """Where the application's own COMMIT was cut off, its exception stands, and so is told."""
+    seen: list[Outcome] = []
 
     def work() -> None:
-        registry = pg_registry
-        pid = registry.scalar(sql("SELECT pg_backend_pid()"))
-        registry.execute(
-            sql("""
-            CREATE FUNCTION pg_temp.die() RETURNS trigger LANGUAGE plpgsql AS
-            $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$
-            """)
-        )
-        registry.execute(
-            sql("""
-            CREATE CONSTRAINT TRIGGER die AFTER INSERT ON items
-            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION pg_temp.die()
-            """)
-        )
-        add(registry, f"of {pid}")
+        die_in_commit(pg_registry)
+        pg_registry.commit()
 
-    with pytest.raises(CommitOutcomeUnknown) as caught:
-        post(work, pg_registry)
-    assert isinstance(caught.value.__cause__, OperationalError)
+    app = SessionMiddleware(text(b"", before=work), pg_registry, observer=seen.append)
+    with pytest.raises(OperationalError):
+        serve_once(app, environ("POST"))
+    assert [outcome.action for outcome in seen] == ["unknown"]
+
+
+def test_postgresql_an_own_commit_that_was_refused_is_a_rollback(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """Where the application's own COMMIT was refused, nothing is unknown, whatever it raises."""
+    seen: list[Outcome] = []
+
+    def work() -> None:
+        refuse_commit(pg_registry)
+        with suppress(IntegrityError):
+            pg_registry.commit()
+        raise LookupError("from the app")
+
+    app = SessionMiddleware(text(b"", before=work), pg_registry, observer=seen.append)
+    with pytest.raises(LookupError):
+        serve_once(app, environ("POST"))
+    assert [outcome.action for outcome in seen] == ["rollback"]
 
 
 def test_postgresql_two_phases_prepare_before_they_commit(
