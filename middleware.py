@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
     Registry = scoped_session[Any]
     Headers = list[tuple[str, str]]
+    Callback = Callable[[], object]
     CommitWhen = Callable[[WSGIEnvironment, str, Headers], bool]
 
 __all__ = [
@@ -222,7 +223,7 @@ def session_scope(registry: Registry) -> Iterator[Session]:
         unit.close()
 
 
-def on_commit(session: Session | Registry, callback: Callable[[], object]) -> None:
+def on_commit(session: Session | Registry, callback: Callback) -> None:
     """Run *callback* once, after the COMMIT that makes this session's work durable.
 
     Callbacks run in the order of their registration, after the next COMMIT of
@@ -242,7 +243,7 @@ def on_commit(session: Session | Registry, callback: Callable[[], object]) -> No
             f"on_commit: {session!r} has no session that a SessionMiddleware or a "
             "session_scope runs, so nothing here would ever call the callback"
         )
-    unit.callbacks.append((callback, found.get_nested_transaction()))
+    unit.callbacks.add(callback, found.get_nested_transaction())
 
 
 class _Attempt:
@@ -571,47 +572,35 @@ class _Body:
 _END: Any = object()
 
 
-class _UnitOfWork:
-    """One session from its making to its removal.
+class _Place:
+    """A session's place in its registry.
 
-    ``with unit:`` shows the session in the registry, and afterwards puts back what
-    was there.  `commit`, `rollback` and `close` are the only ends it has.
+    ``with place:`` shows the session there, and afterwards puts back what was there.
+    What the code within leaves there, a session_scope that is still open for instance,
+    is what it finds again the next time.
     """
 
-    def __init__(
-        self, registry: Registry, *, joinable: bool = False, reader: Engine | None = None
-    ) -> None:
+    def __init__(self, registry: Registry, reader: Engine | None, joinable: bool) -> None:
         self.registry = registry
-        self.session = _new_session(registry, reader)
+        self.session: Session = registry.session_factory()
+        if reader is not None and not isinstance(self.session.bind, Connection):
+            self.session.bind = reader
+        self.session.info[_MARK] = self
         self.joinable = joinable
         self.thread: int | None = None
         self.view = self.session
         self.aside: Session | None = None
-        self.outer: _UnitOfWork | None = None
-        self.begun = False
-        self.since = 0.0
-        self.connections: dict[Connection, Transaction | None] = {}
-        self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
-        self.callbacks: list[tuple[Callable[[], object], SessionTransaction | None]] = []
-        self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
-        self.committing = False
-        self.wrote = False
-        self.lost: dict[SessionTransaction, str] = {}
-        self.session.info[_MARK] = self
-
-    # The registry: the session is in it only while the application's code runs.
+        self.outer: _Place | None = None
 
     def __enter__(self) -> None:
         self.thread = get_ident()
         self.aside = _peek(self.registry)
         self.outer = _unit_of(self.aside)
         _put(self.registry, self.view)
-        _running.units = (*_running.units, self)
+        _running.places = (*_running.places, self)
 
     def __exit__(self, *exc_info: object) -> None:
-        # What the code leaves there, a session_scope that is still open for
-        # instance, is what it finds again when it goes on.
-        _running.units = tuple(unit for unit in _running.units if unit is not self)
+        _running.places = tuple(place for place in _running.places if place is not self)
         self.thread = None
         found = _peek(self.registry)
         if not self.joinable and _unit_of(found) not in (None, self):
@@ -624,7 +613,68 @@ class _UnitOfWork:
     def serves_this_thread(self) -> bool:
         return self.joinable and self.thread == get_ident()
 
-    # The transaction.
+    def leave(self) -> None:
+        """Give the place up, and close a session that has taken it."""
+        taken_by, self.view = self.view, self.session
+        if taken_by is not self.session and _unit_of(taken_by) is None:
+            _close_quietly(taken_by)
+        self.session.info.pop(_MARK, None)
+
+
+class _Callbacks:
+    """What waits for the COMMIT of one session, each with the savepoint it was added in."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.waiting: list[tuple[Callback, SessionTransaction | None]] = []
+
+    def add(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
+        self.waiting.append((callback, savepoint))
+
+    def release(self, savepoint: SessionTransaction) -> None:
+        """Those of a savepoint become those of what it was taken in."""
+        self.waiting = [
+            (callback, savepoint.parent if added_in is savepoint else added_in)
+            for callback, added_in in self.waiting
+        ]
+
+    def drop(self, savepoint: SessionTransaction) -> None:
+        """Those added since a savepoint that was not released are gone with it."""
+        self.waiting = [entry for entry in self.waiting if not _within(entry[1], savepoint)]
+
+    def clear(self) -> None:
+        self.waiting.clear()
+
+    def run(self) -> None:
+        callbacks, self.waiting = self.waiting, []
+        if not callbacks:
+            return
+        with _vacated(self.registry):
+            for callback, _ in callbacks:
+                try:
+                    callback()
+                except Exception:
+                    log.exception("on_commit callback %r failed", callback)
+
+
+class _UnitOfWork(_Place):
+    """One session from its making to its removal, and the truth about its transactions.
+
+    `commit`, `rollback` and `close` are the only ends it has.  The other methods are
+    for the listeners further down, through which SQLAlchemy tells what happens.
+    """
+
+    def __init__(
+        self, registry: Registry, *, reader: Engine | None = None, joinable: bool = False
+    ) -> None:
+        super().__init__(registry, reader, joinable)
+        self.callbacks = _Callbacks(registry)
+        self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
+        self.begun = self.wrote = self.committing = False
+        self.since = 0.0
+        self.connections: dict[Connection, Transaction | None] = {}
+        self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
+        self.lost: dict[SessionTransaction, str] = {}
 
     def seconds_open(self) -> float:
         """How long the session has kept its transaction open."""
@@ -656,7 +706,7 @@ class _UnitOfWork:
                     ) from error
                 raise
         self.fate = "commit"
-        self.run_callbacks()
+        self.callbacks.run()
 
     def was_cut_off(self, error: BaseException | None) -> bool:
         """Find out whether a COMMIT has failed in a way that leaves its outcome unknown.
@@ -729,15 +779,12 @@ class _UnitOfWork:
             self.fate = fate
 
     def close(self) -> None:
-        """Let go of the session, and of one that took its place in the registry."""
-        left, self.view = self.view, self.session
-        if left is not self.session and _unit_of(left) is None:
-            _close_quietly(left)
+        """Let go of the session, whatever became of its work."""
         self.errors.clear()
         # close() of a session that was never used is not free.
         if (self.begun or self.session.in_transaction()) and not _close_quietly(self.session):
             self.discard_connections()
-        self.session.info.pop(_MARK, None)
+        self.leave()
 
     def discard_connections(self) -> None:
         """Close what SQLAlchemy failed to close, before another request gets it."""
@@ -749,8 +796,6 @@ class _UnitOfWork:
             except Exception:
                 log.exception("a connection could not be discarded")
         self.connections.clear()
-
-    # What the listeners below call.
 
     def joined(self, connection: Connection) -> None:
         if not self.connections:
@@ -777,33 +822,10 @@ class _UnitOfWork:
         self.connections.clear()
         if self.committing:
             self.committing = False
-            self.run_callbacks()
+            self.callbacks.run()
         else:
             self.callbacks.clear()
             self.lost[transaction] = _removed(_caller())
-
-    def savepoint_ended(self, savepoint: SessionTransaction) -> None:
-        """Drop the callbacks of a savepoint that was not released."""
-        self.callbacks = [entry for entry in self.callbacks if not _within(entry[1], savepoint)]
-
-    def released(self, savepoint: SessionTransaction | None) -> None:
-        """A savepoint's callbacks become those of what it was taken in."""
-        parent = None if savepoint is None else savepoint.parent
-        self.callbacks = [
-            (callback, parent if taken_in is savepoint else taken_in)
-            for callback, taken_in in self.callbacks
-        ]
-
-    def run_callbacks(self) -> None:
-        callbacks, self.callbacks = self.callbacks, []
-        if not callbacks:
-            return
-        with _vacated(self.registry):
-            for callback, _ in callbacks:
-                try:
-                    callback()
-                except Exception:
-                    log.exception("on_commit callback %r failed", callback)
 
 
 # Sessions and registries.
@@ -822,13 +844,6 @@ def _unit_of(session: Session | None) -> _UnitOfWork | None:
     return unit if unit is not None and unit.session is session else None
 
 
-def _new_session(registry: Registry, reader: Engine | None) -> Session:
-    session: Session = registry.session_factory()
-    if reader is not None and not isinstance(session.bind, Connection):
-        session.bind = reader
-    return session
-
-
 def _peek(registry: Registry) -> Session | None:
     """The session in the registry; unlike ``registry()`` it makes none."""
     scope = registry.registry
@@ -845,15 +860,15 @@ def _put(registry: Registry, session: Session | None) -> None:
 @contextmanager
 def _vacated(registry: Registry) -> Iterator[None]:
     """Empty the registry for code that is not the request's, and clean up after it."""
-    inside, units = _peek(registry), _running.units
+    inside, places = _peek(registry), _running.places
     _put(registry, None)
-    _running.units = ()
+    _running.places = ()
     try:
         yield
     finally:
         opened = _peek(registry)
         _put(registry, inside)
-        _running.units = units
+        _running.places = places
         if opened is not None:
             _close_quietly(opened)
 
@@ -895,9 +910,9 @@ def _removed(place: str) -> str:
 
 
 class _Running(local):
-    """The units of work whose code runs in this thread, the innermost last."""
+    """The units of work whose code runs in this thread."""
 
-    units: tuple[_UnitOfWork, ...] = ()
+    places: tuple[Any, ...] = ()
 
 
 _running = _Running()
@@ -924,12 +939,12 @@ def _handle_error(context: ExceptionContext) -> None:
 
 def _hosts(session: Session) -> list[_UnitOfWork]:
     """The running units in whose registry *session* has taken the place of theirs."""
-    return [unit for unit in _running.units if _peek(unit.registry) is session]
+    return [unit for unit in _running.places if _peek(unit.registry) is session]
 
 
 @event.listens_for(Session, "after_transaction_create", insert=True)
 def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
-    if _running.units and transaction.parent is None and _unit_of(session) is None:
+    if _running.places and transaction.parent is None and _unit_of(session) is None:
         for unit in _hosts(session):
             unit.lost[transaction] = _STRANGE
 
@@ -953,13 +968,11 @@ def _after_commit(session: Session) -> None:
     unit = _unit_of(session)
     savepoint = session.get_nested_transaction()
     if unit is None:
-        transaction = session.get_transaction()
-        for unit in _running.units:
-            unit.lost.pop(transaction, None)  # type: ignore[arg-type]
+        _forgive(session, session.get_transaction())
     elif savepoint is None:
         unit.committing, unit.fate = True, "commit"
     else:
-        unit.released(savepoint)
+        unit.callbacks.release(savepoint)
 
 
 @event.listens_for(Session, "after_transaction_end", insert=True)
@@ -969,15 +982,13 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         if transaction.parent is None:
             unit.ended(transaction)
         elif transaction.nested:
-            unit.savepoint_ended(transaction)
+            unit.callbacks.drop(transaction)
 
 
 @event.listens_for(Session, "after_soft_rollback", insert=True)
 def _after_soft_rollback(session: Session, previous_transaction: SessionTransaction) -> None:
     # Comes after the end of the transaction; a close() has no such event.
-    own = _unit_of(session)
-    for unit in _running.units if own is None else (own,):
-        unit.lost.pop(previous_transaction, None)
+    _forgive(session, previous_transaction)
 
 
 @event.listens_for(Session, "after_flush", insert=True)
@@ -988,6 +999,13 @@ def _after_flush(session: Session, flush_context: object) -> None:
 @event.listens_for(Session, "transient_to_pending", insert=True)
 def _transient_to_pending(session: Session, instance: object) -> None:
     _note_write(session)  # close() drops pending objects before it says that it closes
+
+
+def _forgive(session: Session, transaction: SessionTransaction | None) -> None:
+    """Take back that a transaction's work is lost: it was committed, or rolled back."""
+    own = _unit_of(session)
+    for unit in _running.places if own is None else (own,):
+        unit.lost.pop(transaction, None)
 
 
 def _note_write(session: Session) -> None:
