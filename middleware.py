@@ -41,20 +41,23 @@ from __future__ import annotations
 
 import io
 import logging
+import random
 import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from tempfile import SpooledTemporaryFile
 from threading import Lock, get_ident, local
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, event, select
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.orm.exc import StaleDataError
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -81,6 +84,12 @@ __all__ = [
 log = logging.getLogger("sessionscope")
 
 SESSION_KEY = "sessionscope.session"
+
+RECORD_IN_MEMORY = 1024 * 1024
+"""Bytes of a body that are kept in memory for another attempt; more go to a temporary file."""
+
+RETRY_PAUSE = 0.01
+"""Half the seconds that a second attempt waits at most; each later one up to twice as long."""
 
 LONG_TRANSACTION = 60.0
 """Seconds that a stream may keep a transaction open before the log says so."""
@@ -145,6 +154,12 @@ class SessionMiddleware:
     :param commit_when: called with ``(environ, status, headers)`` when the outcome
         is decided, and true where the work shall be committed; a pure function.
         One that raises rolls back, and its exception is what the server sees.
+    :param attempts: how often a request may be tried when the database says "try again":
+        a serialization failure, a deadlock, a lock that is busy, a stale row, a connection
+        found dead.  A new attempt starts from the beginning, with the environ and the
+        body as they were; what the application did elsewhere (mail, HTTP, another
+        engine) is done again, and `on_commit` is the cure.  Nothing is repeated once a
+        byte has left, or anything was committed, or may have been.
     :param reader: an Engine that the sessions of safe methods (GET, HEAD, OPTIONS,
         TRACE; RFC 9110, 9.2.1) are bound to: a replica, or a read-only view of the
         same file.  It is passed as ``bind=``, so a session's own ``binds=`` and
@@ -152,6 +167,7 @@ class SessionMiddleware:
     :param observer: called once per request with its `Outcome`, when the session is
         out of the registry.  One that raises is logged and changes nothing.
     :raises TypeError: for an argument of another type.
+    :raises ValueError: for *attempts* below 1.
     """
 
     def __init__(
@@ -160,17 +176,22 @@ class SessionMiddleware:
         registry: Registry,
         *,
         commit_when: CommitWhen = commit_on_success,
+        attempts: int = 1,
         reader: Engine | None = None,
         observer: Callable[[Outcome], object] | None = None,
     ) -> None:
         _require(callable(app), "app", app, "a WSGI application")
         _require(isinstance(registry, scoped_session), "registry", registry, "a scoped_session")
         _require(callable(commit_when), "commit_when", commit_when, "callable")
+        _require(type(attempts) is int, "attempts", attempts, "an int")
+        if attempts < 1:
+            raise ValueError(f"attempts must be 1 or more, not {attempts}")
         _require(reader is None or isinstance(reader, Engine), "reader", reader, "an Engine")
         _require(observer is None or callable(observer), "observer", observer, "callable")
         self.app = app
         self.registry = registry
         self.commit_when = commit_when
+        self.attempts = attempts
         self.reader = reader
         self.observer = observer
         self.warned = False
@@ -180,7 +201,24 @@ class SessionMiddleware:
         if outer is not None and outer.serves_this_thread():
             environ[SESSION_KEY] = outer.session
             return self.app(environ, start_response)
-        return _Attempt(self, environ, start_response).respond()
+        if self.attempts == 1:
+            return _Attempt(self, environ, start_response).respond()  # type: ignore[return-value]
+        return self.respond_at_last(environ, start_response)
+
+    def respond_at_last(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Try until an attempt need not, or may not, be repeated."""
+        request = _Replay(environ)
+        attempt = _Attempt(self, environ, start_response, request)
+        if attempt.unit.session.bind is not None:
+            _watch_errors(attempt.unit.session.bind)  # its very first BEGIN may be refused
+        while (body := attempt.respond()) is None:
+            pause = RETRY_PAUSE * 2 ** min(attempt.number, 5)
+            sleep(random.uniform(0, pause))  # full jitter: rivals must not meet again
+            request.rewind()
+            attempt = attempt.again()
+        return body
 
     def warn_once(self, message: str) -> None:
         if not self.warned:
@@ -258,12 +296,17 @@ class _Attempt:
         middleware: SessionMiddleware,
         environ: WSGIEnvironment,
         start_response: StartResponse,
+        request: _Replay | None = None,
+        number: int = 1,
+        began: float | None = None,
     ) -> None:
         self.middleware = middleware
         self.environ = environ
         self.server_start_response = start_response
+        self.request = request
+        self.number = number
         self.method: str = environ.get("REQUEST_METHOD", "")
-        self.began = monotonic()
+        self.began = monotonic() if began is None else began
         reader = middleware.reader if self.method in SAFE_METHODS else None
         self.unit = _UnitOfWork(middleware.registry, joinable=True, reader=reader)
         self.iterable: object = None
@@ -273,24 +316,69 @@ class _Attempt:
         self.written: list[bytes] = []
         environ[SESSION_KEY] = self.unit.session
 
-    def respond(self) -> Iterable[bytes]:
-        """Call the application; return what the server may send."""
+    def again(self) -> _Attempt:
+        """The attempt after this one."""
+        return _Attempt(
+            self.middleware,
+            self.environ,
+            self.server_start_response,
+            self.request,
+            self.number + 1,
+            self.began,
+        )
+
+    def respond(self) -> Iterable[bytes] | None:
+        """Call the application; what the server may send, or None for another attempt."""
         try:
             body = self.call_app()
             if isinstance(body, _Body):
                 body.prime()
-            else:
+            if self.failed_for_now(None):
+                self.abandon(None)
+                return None
+            if not isinstance(body, _Body):
                 self.unit.close()
                 self.report()
             self.send_head()
         except BaseException as error:
-            # The server gets no iterable, so closing the application's is left to us.
-            try:
-                self.finish(error)
-            except Exception:
-                log.exception("close() failed")
+            failed_for_now = self.failed_for_now(error)
+            self.abandon(error, quietly=failed_for_now)
+            if failed_for_now:
+                return None
             raise
         return body
+
+    def failed_for_now(self, error: BaseException | None) -> bool:
+        """Tell whether the request may succeed when it is tried again, and may be tried.
+
+        A framework may have turned the database's error into a page, or the application
+        swallowed it, so we ask what the unit of work has seen.
+        """
+        if self.number == self.middleware.attempts or self.head_sent:
+            return False
+        if self.unit.committed or self.unit.fate == "unknown":
+            return False
+        if error is None and (self.head is None or str(self.head.status)[:1] != "5"):
+            return False
+        reason = self.unit.transient_reason(error)
+        if reason is not None:
+            log.warning(
+                "%s %s: attempt %d of %d failed and is repeated: %r",
+                self.method,
+                _path(self.environ),
+                self.number,
+                self.middleware.attempts,
+                reason,
+            )
+        return reason is not None
+
+    def abandon(self, error: BaseException | None, quietly: bool = True) -> None:
+        """Finish a response that the server does not get, and so does not close."""
+        self.reported = quietly
+        try:
+            self.finish(error)
+        except Exception:
+            log.exception("close() failed")
 
     def call_app(self) -> Iterable[bytes]:
         with self.unit:
@@ -419,7 +507,7 @@ class _Attempt:
             path=_path(self.environ),
             status=None if self.head is None else self.head.status,
             action=self.unit.fate if self.unit.begun else "none",
-            attempts=1,
+            attempts=self.number,
             seconds=monotonic() - self.began,
             error=self.error,
         )
@@ -670,7 +758,7 @@ class _UnitOfWork(_Place):
         super().__init__(registry, reader, joinable)
         self.callbacks = _Callbacks(registry)
         self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
-        self.begun = self.wrote = self.committing = False
+        self.begun = self.wrote = self.committing = self.committed = False
         self.since = 0.0
         self.connections: dict[Connection, Transaction | None] = {}
         self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
@@ -771,6 +859,18 @@ class _UnitOfWork(_Place):
     def lost_its_node(self) -> bool:
         return any(_code(error) in _NODE_LOST for error, _ in self.errors.values())
 
+    def transient_reason(self, error: BaseException | None) -> BaseException | None:
+        """The error that the database calls transient, where there is one behind *error*.
+
+        :param error: what the attempt raised; None where it made a response.
+        """
+        if isinstance(error, TransactionDoomed):
+            error = error.__cause__
+        elif error is None or isinstance(error, PendingRollbackError) or _code(error) == "25P02":
+            # What it says is that an earlier error was swallowed: that one counts.
+            return next((e for e, _ in self.errors.values() if _is_transient(e)), None)
+        return error if _is_transient(error) else None
+
     def drop_late_work(self) -> None:
         if self.session.in_transaction():
             log.warning("work done in close(), after the end of the response, is rolled back")
@@ -808,11 +908,11 @@ class _UnitOfWork(_Place):
         _watch_errors(connection)
 
     def failed(self, connection: Connection, error: BaseException) -> None:
-        transaction = connection.get_transaction()
+        transaction = connection.get_transaction() if connection in self.connections else None
         _, known = self.errors.get(transaction, (None, False))
         # 25P02 only repeats that an earlier error aborted the transaction.
         if not known and _code(error) != "25P02":
-            undone = _undoes_transaction(connection, error)
+            undone = transaction is not None and _undoes_transaction(connection, error)
             self.errors[transaction] = (error, undone)
             if undone:
                 _begin_again(connection)
@@ -920,21 +1020,22 @@ _watched: weakref.WeakSet[Any] = weakref.WeakSet()
 _watching = Lock()
 
 
-def _watch_errors(connection: Connection) -> None:
-    if connection.dialect not in _watched:
+def _watch_errors(bind: Engine | Connection) -> None:
+    if bind.dialect not in _watched:
         with _watching:
-            if connection.dialect not in _watched:
-                event.listen(connection.engine, "handle_error", _handle_error)
-                _watched.add(connection.dialect)
+            if bind.dialect not in _watched:
+                event.listen(bind.engine, "handle_error", _handle_error)
+                _watched.add(bind.dialect)
 
 
 def _handle_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None or connection.closed or connection.invalidated:
         return
-    for unit in tuple(connection.info.get(_MARK, ())):
-        if connection in unit.connections:
-            unit.failed(connection, context.sqlalchemy_exception or context.original_exception)
+    owners = [unit for unit in connection.info.get(_MARK, ()) if connection in unit.connections]
+    # A connection whose BEGIN fails belongs to no unit yet, so those that run are told.
+    for unit in owners or _running.places:
+        unit.failed(connection, context.sqlalchemy_exception or context.original_exception)
 
 
 def _hosts(session: Session) -> list[_UnitOfWork]:
@@ -970,9 +1071,12 @@ def _after_commit(session: Session) -> None:
     if unit is None:
         _forgive(session, session.get_transaction())
     elif savepoint is None:
-        unit.committing, unit.fate = True, "commit"
+        unit.committing, unit.committed, unit.fate = True, True, "commit"
     else:
         unit.callbacks.release(savepoint)
+    if savepoint is None:
+        for outer in _running.places:
+            outer.committed = True
 
 
 @event.listens_for(Session, "after_transaction_end", insert=True)
@@ -1080,9 +1184,78 @@ def _path(environ: WSGIEnvironment) -> str:
     return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
 
 
+class _Replay:
+    """A request as it was at entry, for another attempt.
+
+    The body is recorded as the application reads it, in memory and then on disk, unless
+    the server's input can be rewound.
+    """
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        self.environ = environ
+        stream: Any = environ.get("wsgi.input")
+        self.position: int | None = None
+        with suppress(AttributeError, OSError):
+            self.position = stream.tell() if stream.seekable() else None
+        if self.position is None and stream is not None:
+            environ["wsgi.input"] = _Recorder(stream)
+        self.at_entry = dict(environ)
+
+    def rewind(self) -> None:
+        self.environ.clear()
+        self.environ.update(self.at_entry)
+        stream: Any = self.environ.get("wsgi.input")
+        if stream is not None:
+            stream.seek(self.position or 0)
+
+
+class _Recorder:
+    """The methods of ``wsgi.input`` (PEP 3333, "Input and Error Streams") over a recording."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.record = SpooledTemporaryFile(max_size=RECORD_IN_MEMORY)  # noqa: SIM115
+        self.finalizer = weakref.finalize(self, self.record.close)
+
+    def seek(self, position: int) -> None:
+        self.record.seek(position)
+
+    def read(self, *size: int) -> bytes:
+        return self.more(self.record.read, self.source.read, *size)
+
+    def readline(self, *size: int) -> bytes:
+        known = self.record.readline(*size)
+        if known.endswith(b"\n"):
+            return known
+        self.record.seek(-len(known), io.SEEK_CUR)
+        return self.more(self.record.readline, self.source.readline, *size)
+
+    def more(
+        self, replay: Callable[..., bytes], receive: Callable[..., bytes], *size: int
+    ) -> bytes:
+        """What is recorded, and then what the server has not given yet."""
+        known = replay(*size)
+        if not size or size[0] < 0:
+            return known + self.keep(receive(*size))
+        left = size[0] - len(known)
+        return known + self.keep(receive(left)) if left else known
+
+    def readlines(self, *hint: int) -> list[bytes]:
+        return list(self)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+    def keep(self, data: bytes) -> bytes:
+        self.record.write(data)
+        return data
+
+
 # What drivers and databases tell of their errors: psycopg and psycopg2 a SQLSTATE,
 # sqlite3 a name, PyMySQL and mysqlclient a number.
 
+_TRANSIENT = frozenset({"40001", "40P01", 1205, 1213, 1020})
+_SQLITE_TRANSIENT = re.compile(r"SQLITE_(BUSY|LOCKED)")
 _UNKNOWN_AT_COMMIT = frozenset({"40003", "08007", 2013, 1180, 1047})
 _NODE_LOST = frozenset({1047, 1180})  # Galera, outside the primary component
 # Deadlock, changed since the snapshot, lock table full, too many transactions.
@@ -1101,6 +1274,20 @@ def _code(error: BaseException | None) -> str | int | None:
         if isinstance(code, str):
             return code
     return None
+
+
+def _is_transient(error: BaseException | None) -> bool:
+    """Tell whether the same request may succeed when it is made again."""
+    if isinstance(error, StaleDataError):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    code = _code(error)
+    return (
+        error.connection_invalidated
+        or code in _TRANSIENT
+        or (isinstance(code, str) and _SQLITE_TRANSIENT.match(code) is not None)
+    )
 
 
 def _undoes_transaction(connection: Connection, error: BaseException) -> bool:
