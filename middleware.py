@@ -1023,9 +1023,8 @@ _watching = Lock()
 def _watch_errors(bind: Engine | Connection) -> None:
     if bind.dialect not in _watched:
         with _watching:
-            if bind.dialect not in _watched:
-                event.listen(bind.engine, "handle_error", _handle_error)
-                _watched.add(bind.dialect)
+            event.listen(bind.engine, "handle_error", _handle_error)
+            _watched.add(bind.dialect)
 
 
 def _handle_error(context: ExceptionContext) -> None:

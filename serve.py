@@ -51,33 +51,7 @@ def create_app(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and serve until interrupted."""
-    parser = argparse.ArgumentParser(prog="serve.py", description="Serve items over HTTP.")
-    parser.add_argument(
-        "--database-url",
-        metavar="URL",
-        help=f"a SQLAlchemy URL (default: $DATABASE_URL, or {DEFAULT_URL})",
-    )
-    parser.add_argument(
-        "--listen",
-        metavar="HOST:PORT",
-        type=_address,
-        default="127.0.0.1:8080",
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--threads", metavar="N", type=_positive, default=8, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--max-body", metavar="BYTES", type=_positive, default=MAX_BODY, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--log-level",
-        metavar="L",
-        default="debug",
-        choices=["debug", "info", "warning", "error"],
-        help="debug, which shows each commit and rollback, info, warning or error "
-        "(default: %(default)s)",
-    )
+    parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -93,6 +67,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: cannot listen on {options.listen}: {error}\n")
     server.print_listen("serving on http://{}:{}")
     server.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="serve.py", description="Serve items over HTTP.")
+    default = "default: %(default)s"
+    parser.add_argument(
+        "--database-url",
+        metavar="URL",
+        help=f"a SQLAlchemy URL (default: $DATABASE_URL, or {DEFAULT_URL})",
+    )
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", type=_address, default="127.0.0.1:8080", help=default
+    )
+    parser.add_argument("--threads", metavar="N", type=_positive, default=8, help=default)
+    parser.add_argument(
+        "--max-body", metavar="BYTES", type=_positive, default=MAX_BODY, help=default
+    )
+    parser.add_argument(
+        "--log-level",
+        metavar="L",
+        default="debug",
+        choices=["debug", "info", "warning", "error"],
+        help="debug, which shows each commit and rollback, info, warning or error "
+        "(default: %(default)s)",
+    )
+    return parser
 
 
 def _address(text: str) -> str:

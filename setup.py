@@ -27,6 +27,7 @@ TEST = [
     "granian>=2",
     "gunicorn>=23",
     "hypothesis>=6.100",
+    "pg8000>=1.31",
     "pyramid>=2",
     "pytest>=8",
     "pyuwsgi>=2.0.28",

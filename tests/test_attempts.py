@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from wsgiref.validate import validator
 
@@ -18,7 +19,6 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 from support import (
     PATIENCE,
-    Server,
     drop_tables,
     environ,
     fetch,
@@ -690,9 +690,34 @@ def test_fewer_than_one_attempt_is_refused(attempts: int, registry: Registry) ->
         SessionMiddleware(text(b""), registry, attempts=attempts)
 
 
-def test_attempts_without_an_input(registry: Registry) -> None:
-    """A request whose environ has no wsgi.input can be tried all the same."""
+def test_attempts_without_an_input(rival: Callable[..., Rival]) -> None:
+    """A request whose environ has no wsgi.input can be repeated all the same."""
+    busy = rival(1)
     request = environ()
     del request["wsgi.input"]
-    app = SessionMiddleware(text(b"fine"), registry, attempts=2)
-    assert Server(app).run(request).content == b"fine"
+    app = SessionMiddleware(text(b"fine", before=busy.work), busy.registry, attempts=2)
+    assert serve_once(app, request).content == b"fine"
+
+
+def test_attempts_with_an_engine_per_table(engine: Engine, outside: Engine) -> None:
+    """A registry that is bound by binds= alone can be tried too."""
+    registry: Registry = scoped_session(sessionmaker(binds={Item: engine}))
+    app = text(b"", before=lambda: registry.add(Item(name="kept")))
+    serve_once(SessionMiddleware(app, registry, attempts=2))
+    assert names(outside) == ["kept"]
+
+
+def test_a_database_that_is_not_there_is_not_asked_again(tmp_path: Path) -> None:
+    """A connection that cannot be made is no conflict; that is for the client to try later."""
+    missing = make_engine(f"sqlite:///{tmp_path}/no/such/folder/items.db")
+    registry: Registry = scoped_session(sessionmaker(missing))
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        registry.execute(select(Item))
+
+    with pytest.raises(OperationalError):
+        serve_once(SessionMiddleware(text(b"", before=work), registry, attempts=3))
+    assert len(calls) == 1
+    missing.dispose()

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, insert, update
+from sqlalchemy import Engine, create_engine, event, insert, make_url, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -171,6 +171,39 @@ def test_postgresql_a_doomed_savepoint_of_an_outer_transaction(
         post(lambda: add(registry, "kept"), registry)
         outer.commit()
     assert names(postgresql) == ["outer", "kept"]
+
+
+@pytest.fixture
+def silent_registry(postgresql: Engine, postgresql_url: str) -> Iterator[Registry]:
+    """A registry on a driver that does not tell the state of its transaction."""
+    url = make_url(postgresql_url).set(drivername="postgresql+pg8000")
+    engine = create_engine(url)
+    yield scoped_session(sessionmaker(engine))
+    engine.dispose()
+
+
+def test_postgresql_with_a_driver_that_does_not_know_the_server_is_asked(
+    postgresql: Engine, silent_registry: Registry
+) -> None:
+    """With pg8000, which does not know, a swallowed error is no success either."""
+    with pytest.raises(TransactionDoomed):
+        post(lambda: fail(silent_registry), silent_registry)
+    assert names(postgresql) == []
+
+
+def test_postgresql_with_a_driver_that_does_not_know_a_savepoint_heals(
+    postgresql: Engine, silent_registry: Registry
+) -> None:
+    """With pg8000, too, a rollback to an older savepoint makes the transaction sound."""
+
+    def work() -> None:
+        add(silent_registry, "kept")
+        savepoint = silent_registry.begin_nested()
+        fail(silent_registry)
+        savepoint.rollback()
+
+    post(work, silent_registry)
+    assert names(postgresql) == ["kept"]
 
 
 def test_postgresql_a_lost_connection_is_no_success(

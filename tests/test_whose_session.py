@@ -328,6 +328,48 @@ def test_a_session_that_cannot_be_closed_leaves_nothing_behind(
     assert names(engine) == []
 
 
+def test_connections_that_sqlalchemy_failed_to_close_are_discarded(
+    engine: Engine, sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When ROLLBACK fails on each of two connections, neither stays out of its pool."""
+    second = make_engine(f"{sqlite_url}-2")
+    Item.metadata.create_all(second)
+    registry: Registry = scoped_session(sessionmaker())
+
+    def refuse(connection: object) -> None:
+        raise Broken
+
+    def work() -> None:
+        for each in (engine, second):
+            registry.connection(bind_arguments={"bind": each})
+            event.listen(each, "rollback", refuse)
+
+    app = text(b"", status="404 Not Found", before=work)
+    serve_once(SessionMiddleware(app, registry))
+    assert "ROLLBACK failed" in caplog.text
+    assert [each.pool.checkedout() for each in (engine, second)] == [0, 0]  # type: ignore[attr-defined]
+    for each in (engine, second):
+        event.remove(each, "rollback", refuse)
+    second.dispose()
+
+
+def test_a_session_whose_close_raises_leaves_nothing_behind(
+    engine: Engine, outside: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session class whose close() raises is logged, and the response stands."""
+
+    class Stubborn(Session):
+        def close(self) -> None:
+            raise Broken
+
+    registry: Registry = scoped_session(sessionmaker(engine, class_=Stubborn))
+    app = text(b"fine", before=lambda: registry.add(Item(name="kept")))
+    assert serve_once(SessionMiddleware(app, registry)).content == b"fine"
+    assert "a session could not be closed" in caplog.text
+    assert not registry.registry.has()
+    assert names(outside) == ["kept"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
