@@ -209,16 +209,16 @@ class SessionMiddleware:
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Try until an attempt need not, or may not, be repeated."""
-        request = _Replay(environ)
-        attempt = _Attempt(self, environ, start_response, request)
-        if attempt.unit.session.bind is not None:
-            _watch_errors(attempt.unit.session.bind)  # its very first BEGIN may be refused
-        while (body := attempt.respond()) is None:
-            pause = RETRY_PAUSE * 2 ** min(attempt.number, 5)
-            sleep(random.uniform(0, pause))  # full jitter: rivals must not meet again
+        request, began, number = _Replay(environ), monotonic(), 1
+        while True:
+            attempt = _Attempt(self, environ, start_response, number, began)
+            body = attempt.respond()
+            if body is not None:
+                return body
+            # Full jitter: rivals must not meet again.
+            sleep(random.uniform(0, RETRY_PAUSE * 2 ** min(number, 5)))
             request.rewind()
-            attempt = attempt.again()
-        return body
+            number += 1
 
     def warn_once(self, message: str) -> None:
         if not self.warned:
@@ -296,19 +296,19 @@ class _Attempt:
         middleware: SessionMiddleware,
         environ: WSGIEnvironment,
         start_response: StartResponse,
-        request: _Replay | None = None,
         number: int = 1,
         began: float | None = None,
     ) -> None:
         self.middleware = middleware
         self.environ = environ
         self.server_start_response = start_response
-        self.request = request
         self.number = number
         self.method: str = environ.get("REQUEST_METHOD", "")
         self.began = monotonic() if began is None else began
         reader = middleware.reader if self.method in SAFE_METHODS else None
         self.unit = _UnitOfWork(middleware.registry, joinable=True, reader=reader)
+        if middleware.attempts > 1 and self.unit.session.bind is not None:
+            _watch_errors(self.unit.session.bind)  # its very first BEGIN may be refused
         self.iterable: object = None
         self.head: _Head | None = None
         self.head_sent = self.settled = self.finished = self.reported = False
@@ -316,16 +316,8 @@ class _Attempt:
         self.written: list[bytes] = []
         environ[SESSION_KEY] = self.unit.session
 
-    def again(self) -> _Attempt:
-        """The attempt after this one."""
-        return _Attempt(
-            self.middleware,
-            self.environ,
-            self.server_start_response,
-            self.request,
-            self.number + 1,
-            self.began,
-        )
+    def __str__(self) -> str:
+        return f"{self.method} {_path(self.environ)}"
 
     def respond(self) -> Iterable[bytes] | None:
         """Call the application; what the server may send, or None for another attempt."""
@@ -362,14 +354,8 @@ class _Attempt:
             return False
         reason = self.unit.transient_reason(error)
         if reason is not None:
-            log.warning(
-                "%s %s: attempt %d of %d failed and is repeated: %r",
-                self.method,
-                _path(self.environ),
-                self.number,
-                self.middleware.attempts,
-                reason,
-            )
+            of = self.middleware.attempts
+            log.warning("%s: attempt %d of %d failed, again: %r", self, self.number, of, reason)
         return reason is not None
 
     def abandon(self, error: BaseException | None, quietly: bool = True) -> None:
@@ -472,7 +458,7 @@ class _Attempt:
             self.unit.commit()
         except BaseException as error:
             self.error = error
-            log.exception("%s %s: the commit failed", self.method, _path(self.environ))
+            log.exception("%s: the commit failed", self)
             self.unit.rollback()
             raise
 
@@ -631,10 +617,9 @@ class _Body:
         if not self.warned and self.attempt.unit.seconds_open() > LONG_TRANSACTION:
             self.warned = True
             log.warning(
-                "%s %s: a stream has kept its transaction open for more than %g s; a handler "
-                "with a long stream should commit before its first yield",
-                self.attempt.method,
-                _path(self.attempt.environ),
+                "%s: a stream has kept its transaction open for more than %g s; a handler with "
+                "a long stream should commit before its first yield",
+                self.attempt,
                 LONG_TRANSACTION,
             )
 
@@ -642,12 +627,7 @@ class _Body:
         # A server must not send what a HEAD response has in its body (RFC 9110,
         # 9.3.2), and many applications leave dropping it to the server.
         if self.attempt.method != "HEAD":
-            log.warning(
-                "%s %s: %d bytes beyond the Content-Length were dropped",
-                self.attempt.method,
-                _path(self.attempt.environ),
-                size,
-            )
+            log.warning("%s: %d bytes beyond the Content-Length were dropped", self.attempt, size)
 
     def close(self) -> None:
         """End the request: PEP 3333 has the server call this, whatever happened."""

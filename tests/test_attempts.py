@@ -677,9 +677,9 @@ def test_the_outcome_tells_the_attempts(
     app = text(b"", before=busy.work)
     serve_once(SessionMiddleware(app, busy.registry, attempts=5, observer=seen.append))
     assert [(outcome.attempts, outcome.action) for outcome in seen] == [(3, "commit")]
-    assert [r.getMessage()[:46] for r in caplog.records if r.levelname == "WARNING"] == [
-        "GET /: attempt 1 of 5 failed and is repeated: ",
-        "GET /: attempt 2 of 5 failed and is repeated: ",
+    assert [r.getMessage()[:37] for r in caplog.records if r.levelname == "WARNING"] == [
+        "GET /: attempt 1 of 5 failed, again: ",
+        "GET /: attempt 2 of 5 failed, again: ",
     ]
 
 
