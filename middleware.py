@@ -48,6 +48,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from tempfile import SpooledTemporaryFile
 from threading import Lock, get_ident, local
 from time import monotonic, sleep
@@ -668,7 +669,7 @@ class _Place:
         _running.places = (*_running.places, self)
 
     def __exit__(self, *exc_info: object) -> None:
-        _running.places = tuple(place for place in _running.places if place is not self)
+        _running.places = tuple([place for place in _running.places if place is not self])
         self.thread = None
         found = _peek(self.registry)
         if not self.joinable and _unit_of(found) not in (None, self):
@@ -1118,7 +1119,7 @@ def _fault(status: str, headers: Headers) -> str | None:
     """Say what a server would refuse in a head only when it gets it (PEP 3333, "Unicode
     Issues"; RFC 9110, 5.5), or None."""
     try:
-        text = "\t".join([status, *(part for header in headers for part in header)])
+        text = "\t".join([status, *chain.from_iterable(headers)])
     except TypeError:
         return "status and headers must be native strings"
     found = _CONTROL.search(text)
