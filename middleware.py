@@ -16,7 +16,8 @@ the application                                the session
 answers 2xx or 3xx                             COMMIT; only then is the response completed
 answers anything else, or raises               ROLLBACK
 swallowed an error that undid its transaction  ROLLBACK, ``TransactionDoomed``
-removed a session that held work               ROLLBACK, ``TransactionDoomed``
+removed a session that held work               ROLLBACK, ``TransactionDoomed``; a warning
+                                               where a safe method had only read
 lost the connection while COMMIT ran           nobody knows: ``CommitOutcomeUnknown``
 streams, and the client hangs up               ROLLBACK
 never used the session                         nothing is sent, no connection is taken
@@ -28,11 +29,12 @@ length keeps back the chunk that completes it; one of unknown length commits bef
 it ends.  A COMMIT that fails therefore shows as a clean 500 while nothing has left,
 and otherwise as a response that the client can see is cut.
 
-How the file is laid out, in the order of a request's life: `SessionMiddleware` makes
-an `_Attempt`, which speaks to the application (``start_response``, ``write``); its
-`_UnitOfWork` owns the session and is the only code that commits; a `_Body` speaks to
-the server when the response is a stream.  `session_scope` is the same unit of work
-without HTTP.  At the end stands what drivers and databases tell of their errors.
+How the file is laid out: `SessionMiddleware` makes an `_Attempt`, which speaks to the
+application (``start_response``, ``write``); a `_Body` speaks to the server when the
+response is a stream; the attempt's `_UnitOfWork` owns the session and is the only code
+here that commits; SQLAlchemy tells it what happens through the listeners after it.
+`session_scope` is the same unit of work without HTTP.  At the end stands what drivers and
+databases tell of their errors.
 
 PEP 3333 (https://peps.python.org/pep-3333/) is the WSGI specification cited below.
 """
@@ -131,7 +133,7 @@ class Outcome:
     attempts: int
     """How often the application was called."""
     seconds: float
-    """From the call of the middleware to the end of the transaction."""
+    """From the call of the middleware until now, when the transaction is over."""
     error: BaseException | None
     """What the application or the COMMIT raised."""
 
@@ -163,7 +165,7 @@ class SessionMiddleware:
         byte has left, or anything was committed, or may have been.
     :param reader: an Engine that the sessions of safe methods (GET, HEAD, OPTIONS,
         TRACE; RFC 9110, 9.2.1) are bound to: a replica, or a read-only view of the
-        same file.  It is passed as ``bind=``, so a session's own ``binds=`` and
+        same file.  It becomes the session's ``bind``, so ``binds=`` and an own
         ``get_bind()`` go first; a registry bound to a Connection ignores it.
     :param observer: called once per request with its `Outcome`, when the session is
         out of the registry.  One that raises is logged and changes nothing.
@@ -304,7 +306,9 @@ class _Attempt:
         self.environ = environ
         self.server_start_response = start_response
         self.number = number
+        # Read at entry: the environ is the application's to change.
         self.method: str = environ.get("REQUEST_METHOD", "")
+        self.script_name, self.path_info = environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
         self.began = monotonic() if began is None else began
         reader = middleware.reader if self.method in SAFE_METHODS else None
         self.unit = _UnitOfWork(middleware.registry, joinable=True, reader=reader)
@@ -318,7 +322,11 @@ class _Attempt:
         environ[SESSION_KEY] = self.unit.session
 
     def __str__(self) -> str:
-        return f"{self.method} {_path(self.environ)}"
+        return f"{self.method} {self.path()}"
+
+    def path(self) -> str:
+        path = f"{self.script_name or ''}{self.path_info or ''}"
+        return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
 
     def respond(self) -> Iterable[bytes] | None:
         """Call the application; what the server may send, or None for another attempt."""
@@ -455,12 +463,13 @@ class _Attempt:
             self.roll_back(None)
             return
         self.settled = True
+        self.excuse_reads()
         try:
             self.unit.commit()
         except BaseException as error:
             self.error = error
+            self.unit.rollback(error)
             log.exception("%s: the commit failed", self)
-            self.unit.rollback()
             raise
 
     def roll_back(self, error: BaseException | None) -> None:
@@ -474,12 +483,14 @@ class _Attempt:
         head = self.head
         if head is None or head.fault:
             return False
-        if not self.middleware.commit_when(self.environ, head.status, list(head.seen)):
-            return False
-        if self.unit.lost and self.method in SAFE_METHODS and not self.unit.wrote:
-            self.middleware.warn_once(self.unit.loss())
-            return False
-        return True
+        return bool(self.middleware.commit_when(self.environ, head.status, list(head.seen)))
+
+    def excuse_reads(self) -> None:
+        """Only warn of a session that a safe method threw away when it had but read."""
+        unit = self.unit
+        if unit.lost and self.method in SAFE_METHODS and not unit.wrote:
+            self.middleware.warn_once(unit.loss())
+            unit.lost.clear()
 
     def report(self) -> None:
         """Tell the log and the observer, once, what became of the request."""
@@ -491,7 +502,7 @@ class _Attempt:
             return
         outcome = Outcome(
             method=self.method,
-            path=_path(self.environ),
+            path=self.path(),
             status=None if self.head is None else self.head.status,
             action=self.unit.fate if self.unit.begun else "none",
             attempts=self.number,
@@ -601,6 +612,7 @@ class _Body:
                 chunk = next(self.iterator, _END)
             except BaseException as error:
                 self.exhausted = True
+                self.warn_if_long()
                 attempt.roll_back(error)
                 raise
             self.warn_if_long()
@@ -635,6 +647,7 @@ class _Body:
         self.ready.clear()
         self.pushed_back.clear()
         self.exhausted = True
+        self.warn_if_long()
         self.attempt.finish()
 
 
@@ -657,34 +670,47 @@ class _Place:
         self.session.info[_MARK] = self
         self.joinable = joinable
         self.thread: int | None = None
-        self.view = self.session
-        self.aside: Session | None = None
+        self.shown = self.session
+        self.displaced: Session | None = None
         self.outer: _Place | None = None
+        self.inner: tuple[Any, ...] = ()
 
     def __enter__(self) -> None:
-        self.thread = get_ident()
-        self.aside = _peek(self.registry)
-        self.outer = _unit_of(self.aside)
-        _put(self.registry, self.view)
-        _running.places = (*_running.places, self)
+        self.displaced = _peek(self.registry)
+        self.outer = _unit_of(self.displaced)
+        _put(self.registry, self.shown)
+        entered = (self, *self.inner)
+        for place in entered:
+            place.thread = get_ident()
+        _running.places += entered
 
     def __exit__(self, *exc_info: object) -> None:
-        _running.places = tuple([place for place in _running.places if place is not self])
-        self.thread = None
-        found = _peek(self.registry)
-        if not self.joinable and _unit_of(found) not in (None, self):
-            return  # the garbage collector closed this scope in the midst of another unit
-        self.view = found or self.session
-        gone = self.outer is not None and self.outer.thread is None
-        _put(self.registry, None if gone else self.aside)
-        self.aside = self.outer = None
+        here, found = self.is_here(), _peek(self.registry)
+        if self in _running.places:
+            # A scope that is still open inside is suspended, and resumed, with us.
+            at = _running.places.index(self)
+            self.inner = _running.places[at + 1 :]
+            _running.places = _running.places[:at]
+        for place in (self, *self.inner):
+            place.thread = None
+        if here or found is self.session:
+            self.shown = self.session if found is None else found
+            _put(self.registry, self.displaced if here else None)
+        self.displaced = self.outer = None
+
+    def is_here(self) -> bool:
+        """False when the garbage collector closes a scope where others are at work."""
+        if self.joinable:
+            return True  # entered and left by our own code, in one call
+        places = _running.places
+        return self in places and (self.outer is None or self.outer in places)
 
     def serves_this_thread(self) -> bool:
         return self.joinable and self.thread == get_ident()
 
     def leave(self) -> None:
         """Give the place up, and close a session that has taken it."""
-        taken_by, self.view = self.view, self.session
+        taken_by, self.shown = self.shown, self.session
         if taken_by is not self.session and _unit_of(taken_by) is None:
             _close_quietly(taken_by)
         self.session.info.pop(_MARK, None)
@@ -715,15 +741,14 @@ class _Callbacks:
         self.waiting.clear()
 
     def run(self) -> None:
-        callbacks, self.waiting = self.waiting, []
-        if not callbacks:
-            return
-        with _vacated(self.registry):
-            for callback, _ in callbacks:
-                try:
-                    callback()
-                except Exception:
-                    log.exception("on_commit callback %r failed", callback)
+        while self.waiting:
+            callbacks, self.waiting = self.waiting, []
+            with _vacated(self.registry):
+                for callback, _ in callbacks:
+                    try:
+                        callback()
+                    except Exception:
+                        log.exception("on_commit callback %r failed", callback)
 
 
 class _UnitOfWork(_Place):
@@ -739,9 +764,11 @@ class _UnitOfWork(_Place):
         super().__init__(registry, reader, joinable)
         self.callbacks = _Callbacks(registry)
         self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
-        self.begun = self.wrote = self.committing = self.committed = False
+        self.begun = self.wrote = False
+        self.sending = self.committing = self.committed = False
         self.since = 0.0
         self.connections: dict[Connection, Transaction | None] = {}
+        self.explicit: set[Connection] = set()
         self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
         self.lost: dict[SessionTransaction, str] = {}
 
@@ -761,47 +788,62 @@ class _UnitOfWork(_Place):
         self.fate = "rollback"
         if session.in_transaction():
             if not session.is_active:
-                causes = (self.errors.get(own, (None,))[0] for own in self.connections.values())
-                raise _doomed("a flush failed") from next(filter(None, causes), None)
-            if len(session.dispatch.before_commit) > 1:
-                # The user has hooks of that kind, and what they do must be seen too.
-                event.listen(session, "before_commit", _before_commit)
+                raise self.unusable()
+            self.check_last()
             try:
                 session.commit()
             except BaseException as error:
-                if self.was_cut_off(error) and isinstance(error, Exception):
-                    raise CommitOutcomeUnknown(
-                        "COMMIT was sent, but whether it took effect is not known"
-                    ) from error
+                if self.is_in_doubt(error):
+                    self.fate = "unknown"
+                    if isinstance(error, Exception):
+                        raise _in_doubt() from error
                 raise
+            if not self.has_committed():
+                raise TransactionDoomed("Session.commit() returned, but nothing was committed")
         self.fate = "commit"
         self.callbacks.run()
 
-    def was_cut_off(self, error: BaseException | None) -> bool:
-        """Find out whether a COMMIT has failed in a way that leaves its outcome unknown.
+    def has_committed(self) -> bool:
+        return self.fate == "commit"
+
+    def unusable(self) -> SQLAlchemyError:
+        """What to raise for a session whose transaction has failed, and went on."""
+        causes = (self.errors.get(own, (None,))[0] for own in self.connections.values())
+        cause = next(filter(None, causes), None)
+        error = _in_doubt() if self.is_in_doubt(cause) else _doomed("a flush or a COMMIT failed")
+        error.__cause__ = cause
+        return error
+
+    def check_last(self) -> None:
+        """Have the check before COMMIT see what the user's own hooks before COMMIT do."""
+        if len(self.session.dispatch.before_commit) > 1:
+            event.listen(self.session, "before_commit", _before_commit)
+
+    def is_in_doubt(self, error: BaseException | None) -> bool:
+        """Tell whether a COMMIT has failed in a way that leaves its outcome unknown.
 
         SQLAlchemy takes a transaction from its connection when COMMIT returned, or when
         it rolled back by itself, and leaves it there, inactive, when COMMIT raised.
         """
+        if self.committing or self.fate == "unknown":
+            return self.fate == "unknown"  # a hook after COMMIT raised; or it is known already
         left = [
             own
             for connection, own in self.connections.items()
             if own in (connection.get_nested_transaction(), connection.get_transaction())
         ]
         refused = next((own for own in left if own is not None and not own.is_active), None)
-        if self.committing or refused is None:
-            return False  # a hook before COMMIT raised, or one after it, or the flush
-        if not isinstance(error, DBAPIError):
-            error = self.errors.get(refused, (error,))[0]
-        if len(left) < len(self.connections) or _leaves_commit_unknown(error):
-            self.fate = "unknown"
-        return self.fate == "unknown"
+        if refused is None:
+            return False  # no COMMIT was sent
+        error = self.errors.get(refused, (error,))[0]
+        return len(left) < len(self.connections) or _leaves_commit_unknown(error)
 
     def check(self) -> None:
         """Refuse to commit a transaction that the database has already given up."""
         for connection, own in self.connections.items():
             error, undone = self.errors.get(connection.get_transaction(), (None, False))
-            if connection.invalidated or undone or _is_aborted(connection, error):
+            gone = connection.invalidated or undone or _is_aborted(connection, error)
+            if gone or (connection in self.explicit and not _driver(connection).in_transaction):
                 raise _doomed("an error of the database was swallowed") from (
                     error or self.errors.get(own, (None,))[0]
                 )
@@ -811,6 +853,7 @@ class _UnitOfWork(_Place):
         self.check()
         self.session.flush()
         self.check()
+        self.sending = True
 
     def loss(self) -> str:
         return next(iter(self.lost.values()))
@@ -829,16 +872,14 @@ class _UnitOfWork(_Place):
                 return
             if self.fate == "commit":  # of an earlier transaction
                 self.fate = "rollback"
-            if self.was_cut_off(error) or self.lost_its_node():
+            if self.is_in_doubt(error):
+                self.fate = "unknown"
                 session.invalidate()
             else:
                 session.rollback()
         except Exception:
             log.exception("ROLLBACK failed")
             self.discard_connections()
-
-    def lost_its_node(self) -> bool:
-        return any(_code(error) in _NODE_LOST for error, _ in self.errors.values())
 
     def transient_reason(self, error: BaseException | None) -> BaseException | None:
         """The error that the database calls transient, where there is one behind *error*.
@@ -862,10 +903,12 @@ class _UnitOfWork(_Place):
     def close(self) -> None:
         """Let go of the session, whatever became of its work."""
         self.errors.clear()
-        # close() of a session that was never used is not free.
-        if (self.begun or self.session.in_transaction()) and not _close_quietly(self.session):
-            self.discard_connections()
-        self.leave()
+        try:
+            # close() of a session that was never used is not free.
+            if (self.begun or self.session.in_transaction()) and not _close_quietly(self.session):
+                self.discard_connections()
+        finally:
+            self.leave()
 
     def discard_connections(self) -> None:
         """Close what SQLAlchemy failed to close, before another request gets it."""
@@ -882,13 +925,17 @@ class _UnitOfWork(_Place):
         if not self.connections:
             self.begun = True
             self.since = monotonic()
+            self.check_last()
         self.connections[connection] = (
             connection.get_nested_transaction() or connection.get_transaction()
         )
+        if getattr(_driver(connection), "in_transaction", False):
+            self.explicit.add(connection)  # SQLite, and BEGIN was sent already
         connection.info.setdefault(_MARK, weakref.WeakSet()).add(self)
         _watch_errors(connection)
 
-    def failed(self, connection: Connection, error: BaseException) -> None:
+    def failed(self, context: ExceptionContext, connection: Connection) -> None:
+        error = context.sqlalchemy_exception or context.original_exception
         transaction = connection.get_transaction() if connection in self.connections else None
         _, known = self.errors.get(transaction, (None, False))
         # 25P02 only repeats that an earlier error aborted the transaction.
@@ -897,12 +944,20 @@ class _UnitOfWork(_Place):
             self.errors[transaction] = (error, undone)
             if undone:
                 _begin_again(connection)
+        if self.sending and context.statement is None and not context.is_disconnect:
+            # COMMIT was refused.  Session.close() would now send no ROLLBACK, and the
+            # connection's next user would commit this work.
+            with suppress(context.dialect.loaded_dbapi.Error):
+                context.dialect.do_rollback(connection.connection)
 
     def ended(self, transaction: SessionTransaction) -> None:
         """A transaction of the session is over: committed, rolled back or closed."""
         self.connections.clear()
+        self.explicit.clear()
+        self.sending = False
         if self.committing:
             self.committing = False
+            self.wrote = self.wrote and bool(self.lost)
             self.callbacks.run()
         else:
             self.callbacks.clear()
@@ -914,7 +969,7 @@ class _UnitOfWork(_Place):
 _MARK = "sessionscope"
 """Key of a session's unit in ``Session.info``, and in ``Connection.info`` of a set of units."""
 
-_STRANGE = (
+_REPLACED = (
     "the registry no longer holds this request's session, so work would be lost: the "
     "application removed it and went on, or the registry's scope changed in the meantime"
 )
@@ -976,6 +1031,10 @@ def _doomed(reason: str) -> TransactionDoomed:
     )
 
 
+def _in_doubt() -> CommitOutcomeUnknown:
+    return CommitOutcomeUnknown("COMMIT was sent, but whether it took effect is not known")
+
+
 def _removed(place: str) -> str:
     return (
         f"{place} closed or removed the session while it held a transaction, which threw its "
@@ -1012,22 +1071,30 @@ def _handle_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None or connection.closed or connection.invalidated:
         return
+    if _code(context.original_exception) in _NODE_LOST:
+        context.is_disconnect = True  # SQLAlchemy does not count it as one (Galera)
+        context.invalidate_pool_on_disconnect = False
     owners = [unit for unit in connection.info.get(_MARK, ()) if connection in unit.connections]
     # A connection whose BEGIN fails belongs to no unit yet, so those that run are told.
     for unit in owners or _running.places:
-        unit.failed(connection, context.sqlalchemy_exception or context.original_exception)
+        unit.failed(context, connection)
 
 
-def _hosts(session: Session) -> list[_UnitOfWork]:
-    """The running units in whose registry *session* has taken the place of theirs."""
-    return [unit for unit in _running.places if _peek(unit.registry) is session]
+def _answerable(session: Session) -> _UnitOfWork | None:
+    """The unit that answers for a session: its own, or the one whose place it has taken."""
+    own = _unit_of(session)
+    if own is not None or not _running.places:
+        return own
+    taken = (unit for unit in reversed(_running.places) if _peek(unit.registry) is session)
+    return next(taken, None)
 
 
 @event.listens_for(Session, "after_transaction_create", insert=True)
 def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
-    if _running.places and transaction.parent is None and _unit_of(session) is None:
-        for unit in _hosts(session):
-            unit.lost[transaction] = _STRANGE
+    if _running.places and transaction.parent is None:
+        unit = _answerable(session)
+        if unit is not None and unit.session is not session:
+            unit.lost[transaction] = _REPLACED
 
 
 @event.listens_for(Session, "after_begin", insert=True)
@@ -1048,15 +1115,17 @@ def _before_commit(session: Session) -> None:
 def _after_commit(session: Session) -> None:
     unit = _unit_of(session)
     savepoint = session.get_nested_transaction()
+    if savepoint is not None:
+        if unit is not None:
+            unit.callbacks.release(savepoint)
+        return
     if unit is None:
         _forgive(session, session.get_transaction())
-    elif savepoint is None:
-        unit.committing, unit.committed, unit.fate = True, True, "commit"
     else:
-        unit.callbacks.release(savepoint)
-    if savepoint is None:
-        for outer in _running.places:
-            outer.committed = True
+        unit.sending, unit.committing, unit.committed = False, True, True
+        unit.fate = "commit"
+    for outer in _running.places:
+        outer.committed = True
 
 
 @event.listens_for(Session, "after_transaction_end", insert=True)
@@ -1093,8 +1162,8 @@ def _forgive(session: Session, transaction: SessionTransaction | None) -> None:
 
 
 def _note_write(session: Session) -> None:
-    own = _unit_of(session)
-    for unit in _hosts(session) if own is None else (own,):
+    unit = _answerable(session)
+    if unit is not None:
         unit.wrote = True
 
 
@@ -1141,8 +1210,8 @@ def _body_length(method: str, status: str, headers: Headers) -> int | None:
 
 def _is_whole(body: object, environ: WSGIEnvironment) -> bool:
     """Tell whether iterating *body* runs none of the application's code."""
-    if type(body) in (list, tuple):
-        return True
+    if isinstance(body, (list, tuple)):
+        return type(body).__iter__ in (list.__iter__, tuple.__iter__)
     if not hasattr(body, "__iter__") and not hasattr(body, "__getitem__"):
         return True  # no body at all: the server shall say so
     wrapper = environ.get("wsgi.file_wrapper")
@@ -1157,11 +1226,6 @@ def _size(chunk: Any) -> int:
     if isinstance(chunk, memoryview):
         return chunk.nbytes
     return len(chunk) if hasattr(chunk, "__len__") else 1
-
-
-def _path(environ: WSGIEnvironment) -> str:
-    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
 
 
 class _Replay:
@@ -1283,7 +1347,15 @@ def _undoes_transaction(connection: Connection, error: BaseException) -> bool:
             # There is no public way to ask; without a transaction none can be undone.
             and not connection._is_autocommit_isolation()
         )
-    return connection.dialect.name in ("mysql", "mariadb") and code in _MARIADB_UNDOES
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        return False
+    return code in _MARIADB_UNDOES or (code == 1205 and _undoes_on_timeout(connection))
+
+
+def _undoes_on_timeout(connection: Connection) -> bool:
+    with _driver(connection).cursor() as cursor:
+        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+        return bool(cursor.fetchone()[0])
 
 
 def _begin_again(connection: Connection) -> None:

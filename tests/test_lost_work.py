@@ -19,7 +19,15 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, object_session, scoped_session, sessionmaker
 from support import Server, environ, names, refuse_commit, serve_once, text
 
-from middleware import Outcome, SessionMiddleware, TransactionDoomed, on_commit, session_scope
+import middleware
+from middleware import (
+    CommitOutcomeUnknown,
+    Outcome,
+    SessionMiddleware,
+    TransactionDoomed,
+    on_commit,
+    session_scope,
+)
 from models import Item
 
 Registry = scoped_session[Session]
@@ -476,3 +484,301 @@ def test_the_observer_comes_when_the_session_is_closed(registry: Registry) -> No
         observer=lambda outcome: seen.append(object_session(items[0])),
     )
     assert seen == [None]
+
+
+# What a second reading found.
+
+
+def test_a_savepoint_in_a_replaced_session_saves_nothing(
+    registry: Registry, outside: Engine
+) -> None:
+    """Releasing a savepoint in a session that took the place commits nothing."""
+
+    def work() -> None:
+        registry.remove()
+        registry.add(Item(name="lost"))
+        with registry.begin_nested():
+            add(registry, "in a savepoint")
+        registry.remove()
+
+    with pytest.raises(TransactionDoomed):
+        post(work, registry)
+    assert names(outside) == []
+
+
+def test_work_after_a_read_that_was_thrown_away_counts(registry: Registry, outside: Engine) -> None:
+    """A safe method that closed its session after a read, and then wrote, is committed."""
+
+    def work() -> None:
+        registry.scalars(select(Item)).all()
+        registry.close()
+        registry.execute(insert(Item).values(name="counted"))
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry))
+    assert names(outside) == ["counted"]
+
+
+def test_reading_after_an_own_commit_is_harmless(registry: Registry, outside: Engine) -> None:
+    """A GET that wrote and committed, then read and removed the session, has lost nothing."""
+
+    def work() -> None:
+        add(registry, "kept")
+        registry.commit()
+        registry.scalars(select(Item)).all()
+        registry.remove()
+
+    assert serve_once(SessionMiddleware(text(b"", before=work), registry)).status == "200 OK"
+    assert names(outside) == ["kept"]
+
+
+def test_a_commit_that_hides_its_failure_is_not_believed(engine: Engine, outside: Engine) -> None:
+    """A Session class whose commit() swallows what COMMIT said makes no success."""
+
+    class Optimist(Session):
+        def commit(self) -> None:
+            try:
+                super().commit()
+            except IntegrityError:
+                super().rollback()
+
+    registry: Registry = scoped_session(sessionmaker(engine, class_=Optimist))
+    with pytest.raises(TransactionDoomed, match="nothing was committed"):
+        post(lambda: refuse_commit(registry), registry)
+
+
+@pytest.mark.usefixtures("taken")
+def test_an_own_commit_whose_hook_swallows_an_error_is_refused(
+    registry: Registry, outside: Engine
+) -> None:
+    """The application's own commit() is checked after its own hooks, too."""
+
+    def work() -> None:
+        event.listen(registry(), "before_commit", lambda session: undo_everything(registry))
+        add(registry)
+        registry.commit()
+
+    with pytest.raises(TransactionDoomed):
+        post(work, registry)
+    assert names(outside) == ["taken"]
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("way", ["an error hook", "the driver's cursor"])
+def test_an_error_that_we_were_not_told_of_is_seen(
+    way: str, registry: Registry, engine: Engine, outside: Engine
+) -> None:
+    """A SQLite transaction that is gone is seen to be gone, whoever hid the error."""
+
+    def convert(context: Any) -> None:
+        raise LookupError("converted")
+
+    def work() -> None:
+        add(registry)
+        if way == "an error hook":
+            with suppress(LookupError):
+                registry.execute(insert(Item).prefix_with("OR ROLLBACK").values(id=1))
+        else:
+            driver: Any = registry.connection().connection.dbapi_connection
+            with suppress(driver.IntegrityError):
+                driver.execute("INSERT OR ROLLBACK INTO items (id) VALUES (1)")
+
+    if way == "an error hook":
+        event.listen(engine, "handle_error", convert)
+    with pytest.raises(TransactionDoomed):
+        post(work, registry)
+    assert names(outside) == ["taken"]
+
+
+def open_scope(registry: Registry) -> Any:
+    """A response, suspended inside a session_scope."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        with session_scope(registry) as session:
+            yield b"one"
+            session.add(Item(name="of the scope"))
+            yield b"two"
+
+    server = Server(SessionMiddleware(app, registry))
+    return server, server.begin()
+
+
+def test_a_scope_closed_by_the_garbage_collector_leaves_plain_code_alone(
+    registry: Registry, outside: Engine
+) -> None:
+    """A session that no middleware runs is not touched by a scope that is closed late."""
+    cycle: list[Any] = [open_scope(registry)]
+    cycle.append(cycle)
+    registry.add(Item(name="plain work"))
+    del cycle
+    gc.collect()
+    registry.commit()
+    registry.remove()
+    assert names(outside) == ["plain work"]
+
+
+def test_a_suspended_scope_is_not_blamed_for_another_request(
+    registry: Registry, outside: Engine
+) -> None:
+    """What a second request of the thread does with its session is its own affair."""
+    server, body = open_scope(registry)
+
+    def work() -> None:
+        registry.remove()
+        registry.scalars(select(Item)).all()
+        registry.remove()
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry))
+    assert list(body) == [b"one", b"two"]
+    server.finish()
+    assert names(outside) == ["of the scope"]
+
+
+def test_a_refused_commit_and_a_removed_session_leave_nothing(
+    sqlite_url: str, engine: Engine, outside: Engine
+) -> None:
+    """What an own COMMIT refused is not committed by the next user of the connection."""
+    plain = create_engine(sqlite_url)
+
+    @event.listens_for(plain, "connect")
+    def configure(connection: Any, record: object) -> None:
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    registry: Registry = scoped_session(sessionmaker(plain))
+
+    def refused() -> None:
+        registry.add(Item(name="refused"))
+        refuse_commit(registry)
+        with suppress(IntegrityError):
+            registry.commit()
+        registry.remove()
+
+    def second() -> None:
+        registry.execute(sql("DELETE FROM debts"))
+        registry.add(Item(name="second"))
+
+    post(refused, registry, "500 Oops")
+    post(second, registry)
+    assert names(outside) == ["second"]
+    plain.dispose()
+
+
+def test_callbacks_may_add_callbacks(registry: Registry) -> None:
+    """A callback that a callback adds runs too, however often that happens."""
+    ran: list[int] = []
+
+    def work() -> None:
+        session = registry()
+
+        def callback() -> None:
+            ran.append(len(ran))
+            if len(ran) < 4:
+                on_commit(session, callback)
+
+        on_commit(session, callback)
+        add(registry)
+
+    post(work, registry)
+    assert ran == [0, 1, 2, 3]
+
+
+def test_what_the_app_makes_of_its_environ_does_not_matter(
+    registry: Registry, outside: Engine
+) -> None:
+    """The outcome tells the path of the request, whatever the application put there."""
+    seen: list[Outcome] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        environ["PATH_INFO"] = environ["SCRIPT_NAME"] = None
+        return text(b"", before=lambda: refuse_commit(registry))(environ, start_response)
+
+    with pytest.raises(IntegrityError):
+        serve_once(SessionMiddleware(app, registry, observer=seen.append), environ("POST", "/mine"))
+    assert [(outcome.path, outcome.action) for outcome in seen] == [("/mine", "rollback")]
+
+
+@pytest.mark.parametrize("end", ["hang up", "raise"])
+def test_a_long_stream_that_breaks_off_is_warned_of(
+    end: str,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A transaction kept open too long is warned of at a stream's end, whatever that is."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        add(registry)
+        yield b"one"
+        raise LookupError
+
+    server = Server(SessionMiddleware(app, registry))
+    body = server.begin()
+    next(body)
+    monkeypatch.setattr(middleware, "LONG_TRANSACTION", 0.0)
+    with suppress(LookupError):
+        if end == "raise":
+            next(body)
+    server.finish()
+    assert caplog.text.count("a stream has kept its transaction open") == 1
+
+
+def test_a_list_of_another_class_is_handed_on(registry: Registry) -> None:
+    """A subclass of list that iterates like one is whole, and handed on as it is."""
+
+    class Page(list[bytes]):
+        pass
+
+    body = Page([b"one"])
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return body
+
+    assert serve_once(SessionMiddleware(app, registry)).body is body
+
+
+def test_an_own_commit_that_was_cut_off_and_swallowed_is_in_doubt(
+    registry: Registry, engine: Engine
+) -> None:
+    """Where the answer to an own COMMIT was lost and swallowed, a 200 is unknown, not doomed."""
+
+    def interrupt(connection: object) -> None:
+        raise OSError("in the middle of COMMIT")
+
+    def work() -> None:
+        add(registry)
+        event.listen(engine, "commit", interrupt, once=True)
+        with suppress(OSError):
+            registry.commit()
+
+    with pytest.raises(CommitOutcomeUnknown):
+        post(work, registry)
+
+
+def test_a_connection_that_cannot_be_discarded_is_logged(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where even discarding a connection raises, that is logged and the response stands."""
+
+    class Clinging(Session):
+        def close(self) -> None:
+            raise OSError("not closed")
+
+        def rollback(self) -> None:
+            raise OSError("not rolled back")
+
+    registry: Registry = scoped_session(sessionmaker(engine, class_=Clinging))
+
+    def work() -> None:
+        connection = registry.connection()
+        event.listen(connection.engine, "rollback", refuse_once)
+
+    def refuse_once(connection: object) -> None:
+        raise OSError("no ROLLBACK")
+
+    app = text(b"", status="404 Not Found", before=work)
+    assert serve_once(SessionMiddleware(app, registry)).status == "404 Not Found"
+    assert "a connection could not be discarded" in caplog.text
+    event.remove(engine, "rollback", refuse_once)
+    gc.collect()
