@@ -433,6 +433,27 @@ def test_mariadb_a_snapshot_conflict_is_no_success(
     assert names(mariadb) == ["other", "two"]
 
 
+@pytest.mark.parametrize("number", [1047, 1180])
+def test_mariadb_a_node_outside_the_cluster_is_left(
+    number: int, mariadb: Engine, maria_registry: Registry
+) -> None:
+    """A connection whose node lost its cluster (Galera) is in doubt, and not used again."""
+    seen: list[int | None] = []
+    identity = sql("SELECT connection_id()")
+
+    def work() -> None:
+        seen.append(maria_registry.scalar(identity))
+        with suppress(DBAPIError):
+            maria_registry.execute(
+                sql(f"SIGNAL SQLSTATE '08S01' SET MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'no'")
+            )
+
+    with pytest.raises(TransactionDoomed):
+        post(work, maria_registry)
+    post(lambda: seen.append(maria_registry.scalar(identity)), maria_registry)
+    assert seen[0] != seen[1]
+
+
 # SQLite: some errors undo the whole transaction, most only their statement.
 
 
