@@ -71,6 +71,12 @@ def wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> Non
     raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
 
 
+def prepare(command: list[str], user: str | None, folder: Path) -> None:
+    done = subprocess.run(command, user=user, cwd=folder, capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stdout!r} {done.stderr!r}")
+
+
 @contextmanager
 def running(command: list[str], *, user: str | None, folder: Path, port: int) -> Iterator[None]:
     log = folder / "server.log"
@@ -98,12 +104,10 @@ def postgresql() -> Iterator[str]:
     port = free_port()
     with folder_of("postgres") as (folder, user):
         data = folder / "data"
-        subprocess.run(
-            [initdb, "-D", data, "-A", "trust", "-U", "tests", "-E", "UTF8", "--no-sync"],
-            check=True,
-            user=user,
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
+        prepare(
+            [initdb, "-D", str(data), "-A", "trust", "-U", "tests", "-E", "UTF8", "--no-sync"],
+            user,
+            folder,
         )
         options = {
             "listen_addresses": "127.0.0.1",
@@ -129,20 +133,9 @@ def mariadb() -> Iterator[str]:
     port = free_port()
     with folder_of("mysql") as (folder, user):
         data = folder / "data"
-        subprocess.run(
-            [
-                install,
-                "--no-defaults",
-                f"--datadir={data}",
-                "--auth-root-authentication-method=normal",
-                "--skip-test-db",
-            ],
-            check=True,
-            user=user,
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        normal = "--auth-root-authentication-method=normal"
+        command = [install, "--no-defaults", f"--datadir={data}", normal, "--skip-test-db"]
+        prepare(command, user, folder)
         command = [
             mariadbd,
             "--no-defaults",
