@@ -265,7 +265,7 @@ def session_scope(registry: Registry) -> Iterator[Session]:
 
 
 def on_commit(session: Session | Registry, callback: Callback) -> None:
-    """Run *callback* once, after the COMMIT that makes this session's work durable.
+    """Run *callback* once, after the COMMIT that makes the session's work durable.
 
     Callbacks run in the order of their registration, after the next COMMIT of
     *session* (a Session, or the registry that holds it) and before the response is
