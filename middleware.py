@@ -405,6 +405,9 @@ class _Attempt:
                     close = getattr(self.iterable, "close", None)
                     if close is not None:
                         close()
+                except BaseException as raised:
+                    error = error or raised
+                    raise
                 finally:
                     if self.settled:
                         self.unit.drop_late_work()

@@ -372,6 +372,29 @@ def test_the_observer_of_a_stream_is_told_at_its_end(registry: Registry) -> None
     assert [outcome.action for outcome in seen] == ["commit", "rollback"]
 
 
+def test_the_observer_is_told_what_close_raised(registry: Registry) -> None:
+    """What the iterable's close() raises when the client hangs up is in the outcome."""
+    seen: list[Outcome] = []
+
+    class Body:
+        def __iter__(self) -> Iterator[bytes]:
+            use(registry)
+            yield b"one"
+
+        def close(self) -> None:
+            raise OSError("from close")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return Body()
+
+    server = Server(SessionMiddleware(app, registry, observer=seen.append))
+    server.begin()
+    with pytest.raises(OSError, match="from close"):
+        server.finish()
+    assert [(outcome.action, type(outcome.error)) for outcome in seen] == [("rollback", OSError)]
+
+
 def test_an_observer_that_raises_changes_nothing(
     registry: Registry, outside: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
