@@ -96,14 +96,18 @@ def test_a_refused_own_commit_that_is_swallowed_is_refused_again(
 
 
 @pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("early", [True, False])
 def test_a_hook_before_commit_that_swallows_an_error_is_seen(
-    registry: Registry, outside: Engine
+    early: bool, registry: Registry, outside: Engine
 ) -> None:
     """An error swallowed in a before_commit hook dooms the transaction like any other."""
 
     def work() -> None:
+        if not early:
+            add(registry)
         event.listen(registry(), "before_commit", lambda session: undo_everything(registry))
-        add(registry)
+        if early:
+            add(registry)
 
     with pytest.raises(TransactionDoomed):
         post(work, registry)
