@@ -357,7 +357,7 @@ class _Attempt:
         """
         if self.number == self.middleware.attempts or self.head_sent:
             return False
-        if self.unit.committed or self.unit.fate == "unknown":
+        if self.unit.committed or self.unit.fate != "rollback":
             return False
         if error is None and (self.head is None or str(self.head.status)[:1] != "5"):
             return False
@@ -947,9 +947,17 @@ class _UnitOfWork(_Place):
             self.errors[transaction] = (error, undone)
             if undone:
                 _begin_again(connection)
-        if self.sending and context.statement is None and not context.is_disconnect:
-            # COMMIT was refused.  Session.close() would now send no ROLLBACK, and the
-            # connection's next user would commit this work.
+        if self.sending and context.statement is None:
+            self.commit_failed(context, connection, error)
+
+    def commit_failed(
+        self, context: ExceptionContext, connection: Connection, error: BaseException
+    ) -> None:
+        if _leaves_commit_unknown(error):
+            self.committed = True  # perhaps: whatever the application makes of it, never again
+        if not context.is_disconnect:
+            # Session.close() would now send no ROLLBACK, and the connection's next user
+            # would commit this work.
             with suppress(context.dialect.loaded_dbapi.Error):
                 context.dialect.do_rollback(connection.connection)
 

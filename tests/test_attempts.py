@@ -484,10 +484,9 @@ def test_a_released_savepoint_is_no_commit(rival: Callable[..., Rival], outside:
     assert names(outside) == ["call 2"]
 
 
-def test_an_unknown_outcome_is_not_repeated(postgresql: Engine) -> None:
-    """A COMMIT whose answer was lost is never sent again."""
-    registry: Registry = scoped_session(sessionmaker(postgresql))
-    calls: list[int] = []
+@pytest.fixture
+def cut_off(postgresql: Engine) -> Registry:
+    """A registry whose every COMMIT of an item is cut off by the server."""
     with postgresql.begin() as connection:
         connection.execute(
             sql("""
@@ -501,13 +500,58 @@ def test_an_unknown_outcome_is_not_repeated(postgresql: Engine) -> None:
             DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION fail()
             """)
         )
+    return scoped_session(sessionmaker(postgresql))
+
+
+def test_an_unknown_outcome_is_not_repeated(cut_off: Registry) -> None:
+    """A COMMIT whose answer was lost is never sent again."""
+    calls: list[int] = []
 
     def work() -> None:
         calls.append(1)
-        registry.execute(insert(Item).values(name="x"))
+        cut_off.execute(insert(Item).values(name="x"))
 
-    refuse_to_repeat(text(b"", before=work), registry, middleware.CommitOutcomeUnknown)
+    refuse_to_repeat(text(b"", before=work), cut_off, middleware.CommitOutcomeUnknown)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("rolled_back", [True, False])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_unknown_outcome_that_became_a_page_is_not_repeated(
+    rolled_back: bool, streamed: bool, cut_off: Registry
+) -> None:
+    """An own COMMIT whose answer was lost is not made again for the 5xx page it became."""
+    calls: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        cut_off.execute(insert(Item).values(name="x"))
+        with suppress(DBAPIError):
+            cut_off.commit()
+        if rolled_back:
+            cut_off.rollback()
+        start_response("503 Service Unavailable", [])
+        return iter([b"sorry", b"!"]) if streamed else [b"sorry"]
+
+    serve_once(SessionMiddleware(app, cut_off, attempts=3), environ("POST"))
+    assert len(calls) == 1
+
+
+def test_nothing_is_repeated_after_a_callback_ran(rival: Callable[..., Rival]) -> None:
+    """A page that commit_when lets succeed has had its callbacks, and is not taken back."""
+    busy = rival(9)
+    ran: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        on_commit(busy.registry, lambda: ran.append(busy.calls))
+        with suppress(DBAPIError):
+            busy.work()
+        start_response("503 Service Unavailable", [])
+        return [b"sorry"]
+
+    always = SessionMiddleware(app, busy.registry, attempts=3, commit_when=lambda *_: True)
+    serve_once(always, environ("POST"))
+    assert (busy.calls, ran) == (1, [1])
 
 
 def test_work_thrown_away_is_not_repeated(registry: Registry) -> None:
