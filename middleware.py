@@ -33,6 +33,7 @@ How the file is laid out: `SessionMiddleware` makes an `_Attempt`, which speaks 
 application (``start_response``, ``write``); a `_Body` speaks to the server when the
 response is a stream; the attempt's `_UnitOfWork` owns the session and is the only code
 here that commits; SQLAlchemy tells it what happens through the listeners after it.
+`_Evidence` is what PostgreSQL can be asked with when the answer to COMMIT was lost.
 `session_scope` is the same unit of work without HTTP.  At the end stands what drivers and
 databases tell of their errors.
 
@@ -47,7 +48,7 @@ import random
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -57,7 +58,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy import Connection, Engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.orm.exc import StaleDataError
@@ -93,6 +94,9 @@ RECORD_IN_MEMORY = 1024 * 1024
 
 RETRY_PAUSE = 0.01
 """Half the seconds that a second attempt waits at most; each later one up to twice as long."""
+
+CONFIRM_PATIENCE = 5.0
+"""Seconds for which *confirm* goes on asking what became of a COMMIT."""
 
 LONG_TRANSACTION = 60.0
 """Seconds that a stream may keep a transaction open before the log says so."""
@@ -167,6 +171,10 @@ class SessionMiddleware:
         TRACE; RFC 9110, 9.2.1) are bound to: a replica, or a read-only view of the
         same file.  It becomes the session's ``bind``, so ``binds=`` and an own
         ``get_bind()`` go first; a registry bound to a Connection ignores it.
+    :param confirm: on PostgreSQL 13 or newer, ask what became of a COMMIT whose answer was
+        lost.  It costs one statement before each COMMIT.  What is known to be committed is
+        then a success, what is known to be aborted an ordinary failure; all else stays
+        `CommitOutcomeUnknown`.  Other databases cannot be asked.
     :param observer: called once per request with its `Outcome`, when the session is
         out of the registry.  One that raises is logged and changes nothing.
     :raises TypeError: for an argument of another type.
@@ -181,6 +189,7 @@ class SessionMiddleware:
         commit_when: CommitWhen = commit_on_success,
         attempts: int = 1,
         reader: Engine | None = None,
+        confirm: bool = False,
         observer: Callable[[Outcome], object] | None = None,
     ) -> None:
         _require(callable(app), "app", app, "a WSGI application")
@@ -190,12 +199,14 @@ class SessionMiddleware:
         if attempts < 1:
             raise ValueError(f"attempts must be 1 or more, not {attempts}")
         _require(reader is None or isinstance(reader, Engine), "reader", reader, "an Engine")
+        _require(isinstance(confirm, bool), "confirm", confirm, "a bool")
         _require(observer is None or callable(observer), "observer", observer, "callable")
         self.app = app
         self.registry = registry
         self.commit_when = commit_when
         self.attempts = attempts
         self.reader = reader
+        self.confirm = confirm
         self.observer = observer
         self.warned = False
 
@@ -311,7 +322,9 @@ class _Attempt:
         self.script_name, self.path_info = environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
         self.began = monotonic() if began is None else began
         reader = middleware.reader if self.method in SAFE_METHODS else None
-        self.unit = _UnitOfWork(middleware.registry, joinable=True, reader=reader)
+        self.unit = _UnitOfWork(
+            middleware.registry, joinable=True, reader=reader, confirm=middleware.confirm
+        )
         if middleware.attempts > 1 and self.unit.session.bind is not None:
             _watch_errors(self.unit.session.bind)  # its very first BEGIN may be refused
         self.iterable: object = None
@@ -357,7 +370,7 @@ class _Attempt:
         """
         if self.number == self.middleware.attempts or self.head_sent:
             return False
-        if self.unit.committed or self.unit.fate != "rollback":
+        if self.unit.durable != "nothing" or self.unit.fate != "rollback":
             return False
         if error is None and (self.head is None or str(self.head.status)[:1] != "5"):
             return False
@@ -762,14 +775,22 @@ class _UnitOfWork(_Place):
     """
 
     def __init__(
-        self, registry: Registry, *, reader: Engine | None = None, joinable: bool = False
+        self,
+        registry: Registry,
+        *,
+        reader: Engine | None = None,
+        joinable: bool = False,
+        confirm: bool = False,
     ) -> None:
         super().__init__(registry, reader, joinable)
         self.callbacks = _Callbacks(registry)
-        self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
+        self.confirm = confirm
         self.begun = self.wrote = False
-        self.sending = self.committing = self.committed = False
+        self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
+        self.commit_is: Literal["not sent", "sent", "done"] = "not sent"
+        self.durable: Literal["nothing", "perhaps", "something"] = "nothing"
         self.since = 0.0
+        self.evidence: _Evidence | None = None
         self.connections: dict[Connection, Transaction | None] = {}
         self.explicit: set[Connection] = set()
         self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
@@ -787,35 +808,55 @@ class _UnitOfWork(_Place):
         """
         if self.lost:
             raise TransactionDoomed(self.loss())
-        session = self.session
         self.fate = "rollback"
-        if session.in_transaction():
-            if not session.is_active:
-                raise self.unusable()
-            self.check_last()
+        if self.session.in_transaction():
             try:
-                session.commit()
+                self.send_commit()
             except BaseException as error:
-                if self.is_in_doubt(error):
-                    self.fate = "unknown"
-                    if isinstance(error, Exception):
-                        raise _in_doubt() from error
-                raise
-            if not self.has_committed():
-                raise TransactionDoomed("Session.commit() returned, but nothing was committed")
+                if not self.took_effect(error):
+                    raise
         self.fate = "commit"
         self.callbacks.run()
 
-    def has_committed(self) -> bool:
+    def send_commit(self) -> None:
+        if not self.session.is_active:
+            raise _doomed("a flush or a COMMIT failed") from self.first_error()
+        self.check_last()
+        self.session.commit()
+        if self.commit_is != "done" and self.fate != "commit":
+            raise TransactionDoomed("Session.commit() returned, but nothing was committed")
+
+    def took_effect(self, error: BaseException) -> bool:
+        """Tell whether a COMMIT that failed with *error* was done all the same.
+
+        :raises CommitOutcomeUnknown: where nobody knows.
+        """
+        if not self.is_in_doubt(error):
+            return False
+        self.resolve(error)
+        if self.fate == "unknown" and isinstance(error, Exception):
+            raise _in_doubt() from (self.first_error() or error)
         return self.fate == "commit"
 
-    def unusable(self) -> SQLAlchemyError:
-        """What to raise for a session whose transaction has failed, and went on."""
+    def first_error(self) -> BaseException | None:
+        """What failed first in the transaction that the session is in."""
         causes = (self.errors.get(own, (None,))[0] for own in self.connections.values())
-        cause = next(filter(None, causes), None)
-        error = _in_doubt() if self.is_in_doubt(cause) else _doomed("a flush or a COMMIT failed")
-        error.__cause__ = cause
-        return error
+        return next(filter(None, causes), None)
+
+    def resolve(self, error: BaseException | None) -> None:
+        """Find out what became of a COMMIT that is in doubt, and end its transaction."""
+        self.fate, evidence = "unknown", self.evidence
+        if evidence is not None and (error is None or isinstance(error, Exception)):
+            for connection in self.connections:
+                connection.invalidate()  # which leaves room in the pool for one to ask on
+            with _vacated(self.registry):
+                self.fate = evidence.verdict()
+            log.warning("the answer to COMMIT was lost; asked, the database says: %s", self.fate)
+        if self.fate == "commit":
+            self.commit_is, self.durable = "done", "something"
+        elif self.fate == "rollback" and self.durable == "perhaps":
+            self.durable = "nothing"
+        self.session.invalidate()
 
     def check_last(self) -> None:
         """Have the check before COMMIT see what the user's own hooks before COMMIT do."""
@@ -828,7 +869,7 @@ class _UnitOfWork(_Place):
         SQLAlchemy takes a transaction from its connection when COMMIT returned, or when
         it rolled back by itself, and leaves it there, inactive, when COMMIT raised.
         """
-        if self.committing or self.fate == "unknown":
+        if self.commit_is == "done" or self.fate == "unknown":
             return self.fate == "unknown"  # a hook after COMMIT raised; or it is known already
         left = [
             own
@@ -856,7 +897,8 @@ class _UnitOfWork(_Place):
         self.check()
         self.session.flush()
         self.check()
-        self.sending = True
+        self.evidence = _evidence(self.connections) if self.confirm else None
+        self.commit_is = "sent"
 
     def loss(self) -> str:
         return next(iter(self.lost.values()))
@@ -870,14 +912,13 @@ class _UnitOfWork(_Place):
         if not session.in_transaction():
             return
         try:
-            if self.committing:  # COMMIT returned, and a hook after it raised
+            if self.commit_is == "done":  # COMMIT returned, and a hook after it raised
                 session.close()
                 return
             if self.fate == "commit":  # of an earlier transaction
                 self.fate = "rollback"
             if self.is_in_doubt(error):
-                self.fate = "unknown"
-                session.invalidate()
+                self.resolve(error)
             else:
                 session.rollback()
         except Exception:
@@ -947,14 +988,19 @@ class _UnitOfWork(_Place):
             self.errors[transaction] = (error, undone)
             if undone:
                 _begin_again(connection)
-        if self.sending and context.statement is None:
+        if self.commit_is == "sent" and context.statement is None:
             self.commit_failed(context, connection, error)
 
     def commit_failed(
         self, context: ExceptionContext, connection: Connection, error: BaseException
     ) -> None:
         if _leaves_commit_unknown(error):
-            self.committed = True  # perhaps: whatever the application makes of it, never again
+            # Whatever the application makes of it, the request is not made again.
+            if self.durable == "nothing":
+                self.durable = "perhaps"
+            for outer in _running.places:
+                if outer is not self:
+                    outer.durable = "something"
         if not context.is_disconnect:
             # Session.close() would now send no ROLLBACK, and the connection's next user
             # would commit this work.
@@ -965,14 +1011,78 @@ class _UnitOfWork(_Place):
         """A transaction of the session is over: committed, rolled back or closed."""
         self.connections.clear()
         self.explicit.clear()
-        self.sending = False
-        if self.committing:
-            self.committing = False
+        self.evidence = None
+        done, self.commit_is = self.commit_is == "done", "not sent"
+        if done:
             self.wrote = self.wrote and bool(self.lost)
             self.callbacks.run()
         else:
             self.callbacks.clear()
             self.lost[transaction] = _removed(_caller())
+
+
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """What PostgreSQL is asked with when the answer to a COMMIT was lost.
+
+    https://www.postgresql.org/docs/current/functions-info.html, "Transaction ID and
+    Snapshot Information Functions".
+    """
+
+    engine: Engine
+    transaction: str | None
+    """The transaction's id; None where it wrote nothing."""
+    checkpoint: str
+    timeline: str | None
+
+    def verdict(self) -> Literal["commit", "rollback", "unknown"]:
+        """Ask on a fresh connection until the answer is final, for CONFIRM_PATIENCE at most."""
+        if self.transaction is None:
+            return "commit"
+        deadline = monotonic() + CONFIRM_PATIENCE
+        while True:
+            status, checkpoint, timeline = self.ask()
+            if timeline is not None:  # a standby cannot know what its primary has done
+                if status == "aborted":
+                    return "rollback"
+                if status == "committed":
+                    # A server that crashed gives the id of a transaction whose log was not
+                    # yet on disk to another one.  It makes a checkpoint first; a standby
+                    # that is promoted begins a timeline.
+                    same = (checkpoint, timeline) == (self.checkpoint, self.timeline)
+                    return "commit" if same else "unknown"
+            if monotonic() > deadline:
+                return "unknown"
+            sleep(0.05)
+
+    def ask(self) -> Any:
+        with suppress(SQLAlchemyError), self.engine.connect() as connection:
+            return connection.execute(_STATUS, {"id": self.transaction}).one()
+        return None, None, None
+
+
+# The timeline of pg_control_checkpoint() is that of the last checkpoint, and so not yet the
+# current one for a while after a promotion.
+_HISTORY = """
+    CAST((pg_control_checkpoint()).checkpoint_lsn AS text),
+    CASE WHEN NOT pg_is_in_recovery()
+         THEN left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END"""
+_EVIDENCE = text(f"SELECT CAST(pg_current_xact_id_if_assigned() AS text), {_HISTORY}")
+_STATUS = text(f"SELECT pg_xact_status(CAST(:id AS xid8)), {_HISTORY}")
+
+
+def _evidence(connections: Collection[Connection]) -> _Evidence | None:
+    """Take what will be needed; None where COMMIT is several, or none that can be asked for."""
+    connection = next(iter(connections), None)
+    if (
+        connection is None
+        or len(connections) > 1
+        or connection.dialect.name != "postgresql"
+        or connection.in_nested_transaction()
+        or connection._is_autocommit_isolation()
+    ):
+        return None
+    return _Evidence(connection.engine, *connection.execute(_EVIDENCE).one())
 
 
 # Sessions and registries.
@@ -1133,10 +1243,9 @@ def _after_commit(session: Session) -> None:
     if unit is None:
         _forgive(session, session.get_transaction())
     else:
-        unit.sending, unit.committing, unit.committed = False, True, True
-        unit.fate = "commit"
+        unit.commit_is, unit.durable, unit.fate = "done", "something", "commit"
     for outer in _running.places:
-        outer.committed = True
+        outer.durable = "something"
 
 
 @event.listens_for(Session, "after_transaction_end", insert=True)
@@ -1199,10 +1308,10 @@ def _fault(status: str, headers: Headers) -> str | None:
     """Say what a server would refuse in a head only when it gets it (PEP 3333, "Unicode
     Issues"; RFC 9110, 5.5), or None."""
     try:
-        text = "\t".join([status, *chain.from_iterable(headers)])
+        head = "\t".join([status, *chain.from_iterable(headers)])
     except TypeError:
         return "status and headers must be native strings"
-    found = _CONTROL.search(text)
+    found = _CONTROL.search(head)
     return f"it has {found[0]!r} in its status or headers" if found else None
 
 

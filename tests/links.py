@@ -1,0 +1,69 @@
+"""A TCP link to a database server that can be cut at a COMMIT."""
+
+from __future__ import annotations
+
+import select
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+
+from sqlalchemy import make_url
+from sqlalchemy.engine import URL
+
+Cut = Literal["before it arrives", "while it runs", "before its answer"]
+
+
+class Link:
+    """Carries bytes to and from one server; *cut* says what becomes of the next COMMIT."""
+
+    def __init__(self, url: str) -> None:
+        self.target = make_url(url)
+        self.url: URL = self.target
+        self.cut: Cut | None = None
+
+    def carry(self, client: socket.socket, server: socket.socket) -> None:
+        """Serve one client until it hangs up or is cut off."""
+        swallowing = False
+        while True:
+            ready, _, _ = select.select([client, server], [], [])
+            if server in ready:
+                answer = server.recv(65536)
+                if swallowing or not answer:
+                    return
+                client.sendall(answer)
+            if client in ready:
+                said = client.recv(65536)
+                cut = self.cut if b"COMMIT" in said else None
+                if not said or cut == "before it arrives":
+                    return
+                server.sendall(said)
+                if cut == "while it runs":
+                    return
+                swallowing = cut is not None
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.target.host or "", self.target.port or 0))
+
+
+@contextmanager
+def linked(url: str) -> Iterator[Link]:
+    """Run a link to the server of *url* on loopback."""
+    link = Link(url)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with link.connect() as server, suppress(OSError):
+                link.carry(self.request, server)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as listener:
+        link.url = link.target.set(port=listener.server_address[1])
+        thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield link
+        finally:
+            listener.shutdown()
+            thread.join()
