@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -13,15 +14,15 @@ from typing import Any
 
 import databases
 import pytest
-from sqlalchemy import Connection, Engine, event, func, insert, inspect, select, update
+from sqlalchemy import Connection, Engine, event, func, insert, inspect, make_url, select, update
 from sqlalchemy import text as sql
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import PATIENCE, environ, names, serve_once, text
 
 import models
 from middleware import SessionMiddleware
-from models import Item, create_tables, make_engine, make_reader
+from models import Item, create_tables, is_unavailable, make_engine, make_probe, make_reader
 
 Registry = scoped_session[Session]
 
@@ -94,12 +95,10 @@ def test_what_is_no_url_is_refused(make: Callable[[str], Engine | None]) -> None
         "sqlite:///:memory:",
         "sqlite:///file:items?mode=memory&cache=shared&uri=true",
         "sqlite:///file::memory:?uri=true",
-        "postgresql://host/db",
-        "mariadb://host/db",
     ],
 )
-def test_only_a_sqlite_file_has_a_reader(url: str) -> None:
-    """Elsewhere the one engine serves everything."""
+def test_memory_has_no_reader(url: str) -> None:
+    """A database in memory belongs to one connection, which serves everything."""
     assert make_reader(url) is None
 
 
@@ -267,6 +266,149 @@ def test_mariadb_stores_any_text(mariadb_url: str) -> None:
             connection.execute(item("\U0001f600" * 16))
         assert names(engine) == ["\U0001f600" * 16]
     databases.execute(f"{url}/mysql", "DROP DATABASE latin")
+
+
+# Servers.
+
+
+@pytest.fixture(params=["postgresql", "mariadb"])
+def server_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a database server that has the tables."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    with engine_for(url) as engine:
+        create_tables(engine)
+        yield url
+        models.Base.metadata.drop_all(engine)
+
+
+def test_the_reader_of_a_server_cannot_write(server_url: str) -> None:
+    """The database refuses what a reader tries to write, and keeps nothing of it."""
+    with engine_for(server_url, make_reader) as reader, engine_for(server_url) as writer:
+        with reader.connect() as connection, pytest.raises(DBAPIError, match=r"(?i)read.only"):
+            connection.execute(item("no"))
+        assert names(writer) == []
+
+
+def test_a_reader_sees_each_commit_at_once(server_url: str) -> None:
+    """Each statement of a server's reader is a transaction, and sees what is durable by then."""
+    with (
+        engine_for(server_url, make_reader) as reader,
+        engine_for(server_url) as writer,
+        reader.connect() as connection,
+    ):
+        assert connection.scalar(select(func.count(Item.id))) == 0
+        with writer.begin() as other:
+            other.execute(item("new"))
+        assert connection.scalar(select(func.count(Item.id))) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://x@{}/x?connect_timeout=2",
+        "mysql://x@{}/x?connect_timeout=1&read_timeout=1",
+        "mariadb://x@/x?host={}&connect_timeout=1&read_timeout=1",
+    ],
+)
+def test_a_server_that_says_nothing_is_given_up(url: str) -> None:
+    """One that accepts a connection and then keeps silent costs a thread seconds, not its life."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with engine_for(url.format(address)) as engine, pytest.raises(OperationalError):
+            engine.connect()
+
+
+def test_mariadb_tries_one_host_after_the_other(mariadb_url: str) -> None:
+    """Of several hosts in a URL the first that serves is used."""
+    url = make_url(mariadb_url)
+    several = f"mariadb://root@/tests?host=127.0.0.1:1&host=127.0.0.1:{url.port}"
+    with engine_for(several) as engine, engine.connect() as connection:
+        assert connection.scalar(sql("SELECT @@port")) == url.port
+
+
+def test_mariadb_tells_the_last_host_that_failed() -> None:
+    """Where no host serves, the error is the last one's."""
+    with (
+        engine_for("mariadb://root@/x?host=127.0.0.1:1&host=127.0.0.1:2") as engine,
+        pytest.raises(OperationalError, match="refused"),
+    ):
+        engine.connect()
+
+
+# Whether the database can serve.
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://x@127.0.0.1:1/x", "mariadb://x@127.0.0.1:1/x", "sqlite:////no/such/folder/x"],
+)
+def test_a_database_that_is_not_there_is_unavailable(url: str) -> None:
+    """A server that refuses connections, or a file that cannot be opened."""
+    with engine_for(url) as engine, pytest.raises(OperationalError) as caught:
+        engine.connect()
+    assert is_unavailable(caught.value)
+
+
+def test_a_pool_without_a_connection_is_unavailable(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is one whose connections are all in use for longer than one may wait."""
+    monkeypatch.setattr(models, "POOL_TIMEOUT", 0.01)
+    with engine_for(sqlite_url) as engine, engine.connect(), pytest.raises(TimeoutError) as caught:
+        engine.connect()
+    assert is_unavailable(caught.value)
+
+
+def test_a_locked_database_is_unavailable(
+    engine: Engine, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is a database that another one keeps locked."""
+    monkeypatch.setattr(models, "BUSY_TIMEOUT", 0)
+    with engine.begin(), engine_for(sqlite_url) as second, pytest.raises(DBAPIError) as caught:
+        second.connect().begin()
+    assert is_unavailable(caught.value)
+
+
+def test_a_session_that_was_ended_is_unavailable(postgresql_url: str) -> None:
+    """So is a server whose operator ends a session."""
+    ended = sql("SELECT pg_terminate_backend(pg_backend_pid())")
+    with engine_for(postgresql_url) as engine, pytest.raises(DBAPIError) as caught:
+        engine.connect().execute(ended)
+    assert is_unavailable(caught.value)
+
+
+def test_a_mistake_is_not_unavailable(any_engine: Engine) -> None:
+    """SQL that is wrong, a constraint and an error of Python's will not be better later."""
+    with any_engine.connect() as connection:
+        for statement in ("SELECT nothing", "INSERT INTO items (id) VALUES (1), (1)"):
+            with pytest.raises(DBAPIError) as caught:
+                connection.execute(sql(statement))
+            assert not is_unavailable(caught.value)
+            connection.rollback()
+    assert not is_unavailable(ValueError())
+
+
+def test_a_probe_of_what_serves_is_silent(any_engine: Engine, any_url: str) -> None:
+    """A probe returns as long as the items can be read."""
+    make_probe(any_url)()
+    make_probe("sqlite://")()
+
+
+def test_a_probe_waits_for_no_writer(engine: Engine, sqlite_url: str) -> None:
+    """While another one writes, a probe returns all the same."""
+    with engine.begin() as connection:
+        connection.execute(item("new"))
+        make_probe(sqlite_url)()
+
+
+def test_a_probe_tells_what_is_wrong(tmp_path: Path) -> None:
+    """A probe raises where the table, the file or the server is not there."""
+    for url in (f"sqlite:///{tmp_path}/empty.db", "postgresql://x@127.0.0.1:1/x"):
+        with pytest.raises(OperationalError):
+            make_probe(url)()
+
+
+# Tables.
 
 
 def test_tables_are_made_once(any_url: str) -> None:
