@@ -51,6 +51,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from tempfile import SpooledTemporaryFile
 from threading import Lock, get_ident, local
@@ -62,6 +63,7 @@ from sqlalchemy import Connection, Engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.util import ThreadLocalRegistry
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -211,10 +213,11 @@ class SessionMiddleware:
         self.warned = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        outer = _unit_of(_peek(self.registry))
-        if outer is not None and outer.serves_this_thread():
-            environ[SESSION_KEY] = outer.session
-            return self.app(environ, start_response)
+        if _running.places:
+            outer = _unit_of(_peek(self.registry))
+            if outer is not None and outer.serves_this_thread():
+                environ[SESSION_KEY] = outer.session
+                return self.app(environ, start_response)
         if self.attempts == 1:
             return _Attempt(self, environ, start_response).respond()  # type: ignore[return-value]
         return self.respond_at_last(environ, start_response)
@@ -305,6 +308,11 @@ class _Attempt:
     response may begin, and settles the unit of work exactly once.
     """
 
+    iterable: object = None
+    head: _Head | None = None
+    head_sent = settled = finished = reported = False
+    error: BaseException | None = None
+
     def __init__(
         self,
         middleware: SessionMiddleware,
@@ -327,10 +335,6 @@ class _Attempt:
         )
         if middleware.attempts > 1 and self.unit.session.bind is not None:
             _watch_errors(self.unit.session.bind)  # its very first BEGIN may be refused
-        self.iterable: object = None
-        self.head: _Head | None = None
-        self.head_sent = self.settled = self.finished = self.reported = False
-        self.error: BaseException | None = None
         self.written: list[bytes] = []
         environ[SESSION_KEY] = self.unit.session
 
@@ -479,7 +483,8 @@ class _Attempt:
             self.roll_back(None)
             return
         self.settled = True
-        self.excuse_reads()
+        if self.unit.lost:
+            self.excuse_reads()
         try:
             self.unit.commit()
         except BaseException as error:
@@ -504,7 +509,7 @@ class _Attempt:
     def excuse_reads(self) -> None:
         """Only warn of a session that a safe method threw away when it had but read."""
         unit = self.unit
-        if unit.lost and self.method in SAFE_METHODS and not unit.wrote:
+        if self.method in SAFE_METHODS and not unit.wrote:
             self.middleware.warn_once(unit.loss())
             unit.lost.clear()
 
@@ -538,9 +543,8 @@ class _Attempt:
 class _Head:
     """Status and headers as the application gave them, and what they mean to us."""
 
-    __slots__ = ("exc_info", "fault", "headers", "length", "seen", "status")
-
     def __init__(self, method: str, status: str, headers: Headers, exc_info: Any) -> None:
+        self.method = method
         # The application may change its list afterwards, and the server the one that it
         # gets, so each has its own and we read a third.
         self.seen = list(headers)
@@ -548,7 +552,11 @@ class _Head:
         self.headers: Any = headers if isinstance(headers, (tuple, dict)) else list(self.seen)
         self.exc_info = exc_info
         self.fault = _fault(status, self.seen)
-        self.length = None if self.fault else _body_length(method, status, self.seen)
+
+    @cached_property
+    def length(self) -> int | None:
+        """After how many bytes the response is complete; None where only its end tells."""
+        return None if self.fault else _body_length(self.method, self.status, self.seen)
 
     def send(self, start_response: StartResponse) -> None:
         if self.exc_info is None:
@@ -678,36 +686,38 @@ class _Place:
     is what it finds again the next time.
     """
 
+    thread: int | None = None
+    displaced: Session | None = None
+    outer: _Place | None = None
+    inner: tuple[Any, ...] = ()
+
     def __init__(self, registry: Registry, reader: Engine | None, joinable: bool) -> None:
         self.registry = registry
         self.session: Session = registry.session_factory()
         if reader is not None and not isinstance(self.session.bind, Connection):
             self.session.bind = reader
-        self.session.info[_MARK] = self
+        self.session.__dict__[_MARK] = self
         self.joinable = joinable
-        self.thread: int | None = None
         self.shown = self.session
-        self.displaced: Session | None = None
-        self.outer: _Place | None = None
-        self.inner: tuple[Any, ...] = ()
 
     def __enter__(self) -> None:
         self.displaced = _peek(self.registry)
-        self.outer = _unit_of(self.displaced)
-        _put(self.registry, self.shown)
-        entered = (self, *self.inner)
-        for place in entered:
-            place.thread = get_ident()
-        _running.places += entered
+        if self.displaced is not None:
+            self.outer = _unit_of(self.displaced)
+        self.registry.registry.set(self.shown)
+        self.thread = get_ident()
+        for place in self.inner:
+            place.thread = self.thread
+        _running.places += (self, *self.inner)
 
     def __exit__(self, *exc_info: object) -> None:
-        here, found = self.is_here(), _peek(self.registry)
-        if self in _running.places:
+        here, found, places = self.is_here(), _peek(self.registry), _running.places
+        if self in places:
             # A scope that is still open inside is suspended, and resumed, with us.
-            at = _running.places.index(self)
-            self.inner = _running.places[at + 1 :]
-            _running.places = _running.places[:at]
-        for place in (self, *self.inner):
+            at = places.index(self)
+            _running.places, self.inner = places[:at], places[at + 1 :]
+        self.thread = None
+        for place in self.inner:
             place.thread = None
         if here or found is self.session:
             self.shown = self.session if found is None else found
@@ -729,7 +739,7 @@ class _Place:
         taken_by, self.shown = self.shown, self.session
         if taken_by is not self.session and _unit_of(taken_by) is None:
             _close_quietly(taken_by)
-        self.session.info.pop(_MARK, None)
+        self.session.__dict__.pop(_MARK, None)
 
 
 class _Callbacks:
@@ -774,6 +784,13 @@ class _UnitOfWork(_Place):
     for the listeners further down, through which SQLAlchemy tells what happens.
     """
 
+    begun = wrote = False
+    fate: Literal["commit", "rollback", "unknown"] = "rollback"
+    commit_is: Literal["not sent", "sent", "done"] = "not sent"
+    durable: Literal["nothing", "perhaps", "something"] = "nothing"
+    since = 0.0
+    evidence: _Evidence | None = None
+
     def __init__(
         self,
         registry: Registry,
@@ -785,12 +802,6 @@ class _UnitOfWork(_Place):
         super().__init__(registry, reader, joinable)
         self.callbacks = _Callbacks(registry)
         self.confirm = confirm
-        self.begun = self.wrote = False
-        self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
-        self.commit_is: Literal["not sent", "sent", "done"] = "not sent"
-        self.durable: Literal["nothing", "perhaps", "something"] = "nothing"
-        self.since = 0.0
-        self.evidence: _Evidence | None = None
         self.connections: dict[Connection, Transaction | None] = {}
         self.explicit: set[Connection] = set()
         self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
@@ -816,12 +827,14 @@ class _UnitOfWork(_Place):
                 if not self.took_effect(error):
                     raise
         self.fate = "commit"
-        self.callbacks.run()
+        if self.callbacks.waiting:
+            self.callbacks.run()
 
     def send_commit(self) -> None:
         if not self.session.is_active:
             raise _doomed("a flush or a COMMIT failed") from self.first_error()
         self.check_last()
+        self.session.expire_on_commit = False  # it is closed next, and nothing read again
         self.session.commit()
         if self.commit_is != "done" and self.fate != "commit":
             raise TransactionDoomed("Session.commit() returned, but nothing was committed")
@@ -975,8 +988,11 @@ class _UnitOfWork(_Place):
         )
         if getattr(_driver(connection), "in_transaction", False):
             self.explicit.add(connection)  # SQLite, and BEGIN was sent already
-        connection.info.setdefault(_MARK, weakref.WeakSet()).add(self)
-        _watch_errors(connection)
+        units = connection.info.get(_MARK)
+        if units is None:
+            units = connection.info[_MARK] = weakref.WeakSet()
+            _watch_errors(connection)
+        units.add(self)
 
     def failed(self, context: ExceptionContext, connection: Connection) -> None:
         error = context.sqlalchemy_exception or context.original_exception
@@ -1097,14 +1113,19 @@ _REPLACED = (
 
 
 def _unit_of(session: Session | None) -> _UnitOfWork | None:
-    unit = None if session is None else session.info.get(_MARK)
+    unit = None if session is None else session.__dict__.get(_MARK)
     return unit if unit is not None and unit.session is session else None
 
 
 def _peek(registry: Registry) -> Session | None:
     """The session in the registry; unlike ``registry()`` it makes none."""
     scope = registry.registry
-    return scope() if scope.has() else None
+    found: Session | None
+    if isinstance(scope, ThreadLocalRegistry):
+        found = scope.registry.__dict__.get("value")  # has() would raise and catch an exception
+    else:
+        found = scope() if scope.has() else None
+    return found
 
 
 def _put(registry: Registry, session: Session | None) -> None:
@@ -1308,9 +1329,11 @@ def _fault(status: str, headers: Headers) -> str | None:
     """Say what a server would refuse in a head only when it gets it (PEP 3333, "Unicode
     Issues"; RFC 9110, 5.5), or None."""
     try:
-        head = "\t".join([status, *chain.from_iterable(headers)])
+        head = "".join([status, *chain.from_iterable(headers)])
     except TypeError:
         return "status and headers must be native strings"
+    if head.isascii() and head.isprintable():
+        return None
     found = _CONTROL.search(head)
     return f"it has {found[0]!r} in its status or headers" if found else None
 
