@@ -1114,7 +1114,8 @@ _REPLACED = (
 
 def _unit_of(session: Session | None) -> _UnitOfWork | None:
     unit = None if session is None else session.__dict__.get(_MARK)
-    return unit if unit is not None and unit.session is session else None
+    # Another copy of this module, imported by another name, answers for its own.
+    return unit if isinstance(unit, _UnitOfWork) and unit.session is session else None
 
 
 def _peek(registry: Registry) -> Session | None:

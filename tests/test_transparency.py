@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -328,3 +331,36 @@ def test_a_listener_is_added_once(registry: Registry, engine: Engine) -> None:
     assert len(list(engine.dialect.dispatch.handle_error)) == 1
     event.listen(engine, "handle_error", lambda context: None)
     assert len(list(engine.dialect.dispatch.handle_error)) == 2
+
+
+TWO_COPIES = """
+import importlib.util, sys
+import middleware
+from sqlalchemy import create_engine, orm, text
+from support import environ, serve_once, text as app
+
+spec = importlib.util.spec_from_file_location("a_second_copy", middleware.__file__)
+copy = sys.modules["a_second_copy"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(copy)
+registry = orm.scoped_session(orm.sessionmaker(create_engine("sqlite://")))
+
+def work():
+    registry.execute(text("CREATE TABLE made (id integer)"))
+    copy.on_commit(registry, lambda: print("committed"))
+
+wrapped = copy.SessionMiddleware(app(b"fine", before=work), registry)
+print(serve_once(wrapped, environ("POST")).status)
+"""
+
+
+def test_two_copies_of_the_module_keep_apart() -> None:
+    """Where the module is imported by two names, each copy answers for its own sessions."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_COPIES],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("committed\n200 OK\n", "")
