@@ -346,6 +346,8 @@ registry = orm.scoped_session(orm.sessionmaker(create_engine("sqlite://")))
 
 def work():
     registry.execute(text("CREATE TABLE made (id integer)"))
+    registry.commit()
+    registry.execute(text("INSERT INTO made VALUES (1)"))
     copy.on_commit(registry, lambda: print("committed"))
 
 wrapped = copy.SessionMiddleware(app(b"fine", before=work), registry)
