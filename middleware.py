@@ -907,8 +907,9 @@ class _UnitOfWork(_Place):
 
     def before_commit(self) -> None:
         """Flush and check, so that what fails afterwards is COMMIT itself."""
-        self.check()
-        self.session.flush()
+        if not self.session._is_clean():
+            self.check()
+            self.session.flush()
         self.check()
         self.evidence = _evidence(self.connections) if self.confirm else None
         self.commit_is = "sent"
@@ -988,11 +989,8 @@ class _UnitOfWork(_Place):
         )
         if getattr(_driver(connection), "in_transaction", False):
             self.explicit.add(connection)  # SQLite, and BEGIN was sent already
-        units = connection.info.get(_MARK)
-        if units is None:
-            units = connection.info[_MARK] = weakref.WeakSet()
-            _watch_errors(connection)
-        units.add(self)
+        connection.__dict__.setdefault(_MARK, []).append(self)
+        _watch_errors(connection)
 
     def failed(self, context: ExceptionContext, connection: Connection) -> None:
         error = context.sqlalchemy_exception or context.original_exception
@@ -1025,6 +1023,8 @@ class _UnitOfWork(_Place):
 
     def ended(self, transaction: SessionTransaction) -> None:
         """A transaction of the session is over: committed, rolled back or closed."""
+        for connection in self.connections:
+            connection.__dict__[_MARK].remove(self)
         self.connections.clear()
         self.explicit.clear()
         self.evidence = None
@@ -1103,8 +1103,9 @@ def _evidence(connections: Collection[Connection]) -> _Evidence | None:
 
 # Sessions and registries.
 
-_MARK = "sessionscope"
-"""Key of a session's unit in ``Session.info``, and in ``Connection.info`` of a set of units."""
+_MARK = "_sessionscope"
+"""The attribute of a session that names its unit, of a connection its units, and of a
+dialect that its errors are watched."""
 
 _REPLACED = (
     "the registry no longer holds this request's session, so work would be lost: the "
@@ -1199,15 +1200,14 @@ class _Running(local):
 
 
 _running = _Running()
-_watched: weakref.WeakSet[Any] = weakref.WeakSet()
 _watching = Lock()
 
 
 def _watch_errors(bind: Engine | Connection) -> None:
-    if bind.dialect not in _watched:
+    if _MARK not in bind.dialect.__dict__:
         with _watching:
             event.listen(bind.engine, "handle_error", _handle_error)
-            _watched.add(bind.dialect)
+            bind.dialect.__dict__[_MARK] = True
 
 
 def _handle_error(context: ExceptionContext) -> None:
@@ -1217,7 +1217,8 @@ def _handle_error(context: ExceptionContext) -> None:
     if _code(context.original_exception) in _NODE_LOST:
         context.is_disconnect = True  # SQLAlchemy does not count it as one (Galera)
         context.invalidate_pool_on_disconnect = False
-    owners = [unit for unit in connection.info.get(_MARK, ()) if connection in unit.connections]
+    marked = connection.__dict__.get(_MARK, ())
+    owners = [unit for unit in marked if connection in unit.connections]
     # A connection whose BEGIN fails belongs to no unit yet, so those that run are told.
     for unit in owners or _running.places:
         unit.failed(context, connection)
