@@ -873,8 +873,11 @@ class _UnitOfWork(_Place):
 
     def check_last(self) -> None:
         """Have the check before COMMIT see what the user's own hooks before COMMIT do."""
+        hook = self.session, "before_commit", _before_commit
         if len(self.session.dispatch.before_commit) > 1:
-            event.listen(self.session, "before_commit", _before_commit)
+            if event.contains(*hook):
+                event.remove(*hook)
+            event.listen(*hook)
 
     def is_in_doubt(self, error: BaseException | None) -> bool:
         """Tell whether a COMMIT has failed in a way that leaves its outcome unknown.

@@ -114,6 +114,26 @@ def test_a_hook_before_commit_that_swallows_an_error_is_seen(
     assert names(outside) == ["taken"]
 
 
+def test_the_last_of_several_hooks_is_seen(
+    taken: None, engine: Engine, registry: Registry, outside: Engine
+) -> None:
+    """So does one that is added after others, of a class with a hook of its own."""
+
+    class Hooked(Session):
+        pass
+
+    event.listen(Hooked, "before_commit", bool)
+    registry.configure(class_=Hooked)
+
+    def work() -> None:
+        add(registry)
+        event.listen(registry(), "before_commit", lambda session: undo_everything(registry))
+
+    with pytest.raises(TransactionDoomed):
+        post(work, registry)
+    assert names(outside) == ["taken"]
+
+
 @pytest.mark.parametrize("first", ["plain", "made"])
 def test_sessions_of_related_classes_commit_alike(
     first: str, engine: Engine, outside: Engine
