@@ -114,16 +114,14 @@ def test_a_hook_before_commit_that_swallows_an_error_is_seen(
     assert names(outside) == ["taken"]
 
 
-def test_the_last_of_several_hooks_is_seen(
-    taken: None, engine: Engine, registry: Registry, outside: Engine
-) -> None:
+def test_the_last_of_several_hooks_is_seen(taken: None, engine: Engine, outside: Engine) -> None:
     """So does one that is added after others, of a class with a hook of its own."""
 
     class Hooked(Session):
         pass
 
-    event.listen(Hooked, "before_commit", bool)
-    registry.configure(class_=Hooked)
+    event.listen(Hooked, "before_commit", lambda session: None)
+    registry: Registry = scoped_session(sessionmaker(engine, class_=Hooked))
 
     def work() -> None:
         add(registry)
