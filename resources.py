@@ -1,4 +1,4 @@
-"""The item resources, and the small router beneath them.
+"""The item resources: what a client may ask for, and what becomes of it.
 
 Handlers read like the pages they serve: they take a request, use the session of the
 registry, and return what shall become JSON.  None of them begins, commits, rolls back
@@ -7,39 +7,75 @@ or closes anything, and none knows what database there is.
 
 from __future__ import annotations
 
-import logging
-import re
-import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlencode
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session, scoped_session
-from webob import Request, Response
 
+from health import Health
 from models import MAX_ID, Item
+from openapi import Documentation
+from router import (
+    JSON_HEADERS,
+    MAX_BODY,
+    JSONRequest,
+    Refusal,
+    Response,
+    Router,
+    as_json,
+    json_bytes,
+)
+from static import StaticFile
 
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+PAGE = Path(__file__).with_name("page")
 
-    Handler = Callable[..., msgspec.Struct]
+PAGE_FILES = [
+    ("/", "index.html", "text/html"),
+    ("/page.css", "page.css", "text/css"),
+    ("/page.js", "page.js", "text/javascript"),
+]
 
-log = logging.getLogger("items")
+MAX_PAGE = 1000
+"""Items on a page; a list of more, if it is asked for as a whole, is streamed."""
 
-MAX_BODY = 64 * 1024
-"""Bytes that a request's body may have, unless told otherwise."""
+CHUNK = 500
+"""Items in a chunk of a stream."""
 
-Struct = TypeVar("Struct", bound=msgspec.Struct)
+ItemId = Annotated[int, msgspec.Meta(ge=1, le=MAX_ID, description="The id of an item.")]
 
 # PostgreSQL cannot store NUL in a text.
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=16, pattern=r"\A[^\x00]*\Z")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=16, pattern=r"^[^\x00]*$")]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE, description="At most so many items.")]
+After = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID, description="Only items with a larger id.")]
 
 
 class NewItem(msgspec.Struct, forbid_unknown_fields=True):
-    """What a client sends to create an item."""
+    """What a client sends to create an item, which is named after its id if need be."""
 
     name: Name | msgspec.UnsetType = msgspec.UNSET
+
+
+class ItemState(msgspec.Struct, forbid_unknown_fields=True):
+    """What a client sends to replace an item."""
+
+    name: Name
+
+
+class ItemChange(msgspec.Struct, forbid_unknown_fields=True):
+    """What a client sends to change an item; what is left out stays as it is."""
+
+    name: Name | msgspec.UnsetType = msgspec.UNSET
+
+
+class Page(msgspec.Struct, forbid_unknown_fields=True):
+    """Which items a list shall have; all of them by default."""
+
+    limit: Limit | msgspec.UnsetType = msgspec.UNSET
+    after: After | msgspec.UnsetType = msgspec.UNSET
 
 
 class ItemView(msgspec.Struct):
@@ -50,25 +86,14 @@ class ItemView(msgspec.Struct):
 
 
 class ItemList(msgspec.Struct):
-    """All items."""
+    """Items in the order of their ids."""
 
-    items: list[ItemView]
-
-
-class Error(msgspec.Struct):
-    """Why a request was refused."""
-
-    error: str
+    items: Sequence[ItemView]
 
 
-class Refusal(Exception):
-    """The request cannot be answered as asked; *message* tells the client why."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, message)
-        self.status = status
-        self.message = message
-        self.headers = headers or {}
+ALL = select(Item.id, Item.name).order_by(Item.id).limit(bindparam("count"))
+LATER = ALL.where(Item.id > bindparam("after"))
+ONE = select(Item.id, Item.name).where(Item.id == bindparam("id"))
 
 
 class Items:
@@ -80,141 +105,122 @@ class Items:
     def __init__(self, session: scoped_session[Session]) -> None:
         self.session = session
 
-    def create(self, request: JSONRequest) -> ItemView:
-        new = request.read(NewItem)
-        item = Item(name=None if new.name is msgspec.UNSET else new.name)
+    def create(self, request: JSONRequest, body: NewItem) -> ItemView:
+        """Create an item."""
+        item = Item(name=None if body.name is msgspec.UNSET else body.name)
         self.session.add(item)
         self.session.flush()
         if item.name is None:
             item.name = f"Item #{item.id}"
-        return ItemView(item.id, item.name)
+        return view(item)
 
-    def list(self, request: JSONRequest) -> ItemList:
-        found = self.session.execute(select(Item.id, Item.name).order_by(Item.id))
-        return ItemList([ItemView(id, name) for id, name in found])
+    def list(self, request: JSONRequest, query: Page) -> ItemList | Response:
+        """List all items, or a page of them."""
+        after = None if query.after is msgspec.UNSET else query.after
+        limit = MAX_PAGE if query.limit is msgspec.UNSET else query.limit
+        items = self.fetch(after, limit + 1)
+        if len(items) <= limit:
+            return ItemList(items)
+        if query.limit is msgspec.UNSET:
+            return Response(200, {**JSON_HEADERS}, written(self.onwards(items)))
+        shown = items[:limit]
+        return as_json(ItemList(shown), headers={"Link": next_page(limit, shown[-1].id)})
 
-    def show(self, request: JSONRequest, id: int) -> ItemView:
-        item = self.session.get(Item, id) if id <= MAX_ID else None
+    def show(self, request: JSONRequest, id: ItemId) -> ItemView:
+        """Show an item."""
+        found = self.session.execute(ONE, {"id": id}).one_or_none()
+        if found is None:
+            raise Refusal(404, "not found")
+        return ItemView(*found)
+
+    def replace(self, request: JSONRequest, id: ItemId, body: ItemState) -> ItemView:
+        """Replace an item by one with another name."""
+        item = self.lock(request, id)
+        item.name = body.name
+        return view(item)
+
+    def change(self, request: JSONRequest, id: ItemId, body: ItemChange) -> ItemView:
+        """Change what is given of an item."""
+        item = self.lock(request, id)
+        if body.name is not msgspec.UNSET:
+            item.name = body.name
+        return view(item)
+
+    def delete(self, request: JSONRequest, id: ItemId) -> None:
+        """Delete an item."""
+        self.session.delete(self.lock(request, id))
+
+    def lock(self, request: JSONRequest, id: int) -> Item:
+        """Find an item that is to be changed, and keep rivals away until it is."""
+        item = self.session.get(Item, id, with_for_update=True)
         if item is None:
             raise Refusal(404, "not found")
-        return ItemView(item.id, item.name)
+        request.require(view(item))
+        return item
+
+    def fetch(self, after: int | None, count: int) -> Sequence[ItemView]:
+        """Fetch the first *count* items, of all or of those after a key."""
+        query = ALL if after is None else LATER
+        found = self.session.execute(query, {"after": after, "count": count})
+        return [ItemView(id, name) for id, name in found]
+
+    def onwards(self, items: Sequence[ItemView]) -> Iterator[Sequence[ItemView]]:
+        """Yield *items*, and then all that come after them."""
+        # By key rather than from one cursor: no transaction stays open as long as the
+        # slowest client reads, and nothing is left to be fetched when one hangs up.  What
+        # is there all the time is listed once, as it was when its chunk was read.
+        while items:
+            yield items
+            items = self.fetch(items[-1].id, CHUNK)
 
 
-def make_app(session: scoped_session[Session], *, max_body: int = MAX_BODY) -> Router:
+def view(item: Item) -> ItemView:
+    return ItemView(item.id, item.name)
+
+
+def written(chunks: Iterable[Sequence[ItemView]]) -> Iterator[bytes]:
+    """Write an `ItemList` chunk by chunk: no JSON until it is whole."""
+    separator = b'{"items": ['
+    for items in chunks:
+        yield separator + json_bytes(items)[1:-1]
+        separator = b", "
+    yield b"]}"
+
+
+def next_page(limit: int, after: int) -> str:
+    """Say in a Link (RFC 8288, 3) where the next page is.
+
+    The reference is relative to the request's own URL (RFC 3986, 5.2.2), as the client
+    knows it: right behind any prefix and any proxy.
+    """
+    return f'<?{urlencode({"limit": limit, "after": after})}>; rel="next"'
+
+
+def make_app(
+    session: scoped_session[Session],
+    *,
+    probe: Callable[[], object] = bool,
+    max_body: int = MAX_BODY,
+) -> Router:
     """Make the WSGI application that serves items.
 
     :param session: the registry in which handlers find the session of the request.
+    :param probe: called for ``/healthz``, in a thread of its own; it raises where the
+        database does not serve.  By default the database is not asked.
     :param max_body: bytes that a request's body may have; a longer one is a 413.
     """
     items = Items(session)
     router = Router(max_body)
-    router.add("GET", "/", items.list)
+    link = {"Link": 'The next page, if there is one: a relative reference with rel="next".'}
+    router.add("GET", "/", items.list, headers=link)
     router.add("POST", "/", items.create)
-    router.add("GET", "/{id:int}", items.show)
+    router.add("GET", "/{id}", items.show, conditional=True)
+    router.add("PUT", "/{id}", items.replace, conditional=True)
+    router.add("PATCH", "/{id}", items.change, conditional=True)
+    router.add("DELETE", "/{id}", items.delete, conditional=True)
+    for pattern, name, kind in PAGE_FILES:
+        show = StaticFile(PAGE / name, kind).show
+        router.add("GET", pattern, show, media_type=kind, conditional=True, name=f"page_{kind[5:]}")
+    router.add("GET", "/healthz", Health(probe).show)
+    router.add("GET", "/openapi.json", Documentation(router).show, conditional=True)
     return router
-
-
-class JSONRequest(Request):
-    """A request whose body, if it has one, is JSON."""
-
-    def read(self, kind: type[Struct]) -> Struct:
-        """Read the body as a *kind*; no body stands for one without members.
-
-        :raises Refusal: 400, 413, 415 or 422, saying what is wrong.
-        """
-        limit: int = self.environ["items.max_body"]
-        too_long = Refusal(413, f"a body may have at most {limit} bytes")
-        if self.content_length is not None and self.content_length > limit:
-            raise too_long
-        try:
-            body = self.body_file.read(limit + 1)
-        except OSError:  # WebOb's DisconnectionError, and what servers raise themselves
-            raise Refusal(400, "the body is incomplete") from None
-        if len(body) > limit:
-            raise too_long
-        if body and self.content_type.lower() != "application/json":
-            raise Refusal(415, "the body must be application/json")
-        try:
-            # First whether it is JSON at all, then whether it is what was asked for.
-            return msgspec.convert(msgspec.json.decode(body or b"{}"), kind)
-        except msgspec.ValidationError as error:
-            raise Refusal(422, str(error)) from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Refusal(400, f"the body is not JSON: {error}") from None
-
-
-class Router:
-    """A WSGI application that finds the handler for a path and a method.
-
-    Patterns are literal but for ``{name:int}``, a decimal number.  HEAD is answered
-    from GET, OPTIONS from what is there, an unknown method with 405 (RFC 9110, 9.3 and
-    15.5.6).  Only ``PATH_INFO`` is looked at, so it can be mounted anywhere.
-    """
-
-    def __init__(self, max_body: int) -> None:
-        self.max_body = max_body
-        self.routes: dict[re.Pattern[str], dict[str, Handler]] = {}
-
-    def add(self, method: str, pattern: str, handler: Handler) -> None:
-        """Answer *method* on paths like *pattern* with *handler*."""
-        literal = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
-        path = re.compile(re.sub(r"{(\w+):int}", r"(?P<\1>0|[1-9][0-9]{0,9})", literal))
-        self.routes.setdefault(path, {})[method] = handler
-
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        environ["items.max_body"] = self.max_body
-        try:
-            response = self.dispatch(JSONRequest(environ))
-        except Refusal as refusal:
-            response = as_json(Error(refusal.message), refusal.status, refusal.headers)
-        return response(environ, start_response)
-
-    def dispatch(self, request: JSONRequest) -> Response:
-        handlers, arguments = self.match(request)
-        method = "GET" if request.method == "HEAD" else request.method
-        if method in handlers:
-            return as_json(handlers[method](request, **arguments))
-        names = {*handlers, "OPTIONS"} | ({"HEAD"} if "GET" in handlers else set())
-        allow = {"Allow": ", ".join(sorted(names))}
-        if method == "OPTIONS":
-            return Response(status=204, headerlist=[*allow.items()])
-        raise Refusal(405, "method not allowed", allow)
-
-    def match(self, request: JSONRequest) -> tuple[dict[str, Handler], dict[str, int]]:
-        try:  # PEP 3333, "Unicode Issues"; an empty PATH_INFO may be missing
-            path = request.environ.get("PATH_INFO", "").encode("latin-1").decode() or "/"
-        except UnicodeDecodeError:
-            path = ""
-        for pattern, handlers in self.routes.items():
-            found = pattern.fullmatch(path)
-            if found is not None:
-                return handlers, {name: int(value) for name, value in found.groupdict().items()}
-        raise Refusal(404, "not found")
-
-
-def as_json(
-    value: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
-    """Make the response that says *value*."""
-    body = msgspec.json.format(msgspec.json.encode(value), indent=0)
-    fields = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    return Response(body, status, [*fields.items(), *(headers or {}).items()])
-
-
-def errors_as_json(app: WSGIApplication) -> WSGIApplication:
-    """Answer what *app* raises before its response has begun with a 500 in JSON.
-
-    Wrapped around the session middleware, it also answers for a COMMIT that failed.
-    """
-
-    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        try:
-            return app(environ, start_response)
-        except Exception:
-            method = environ["REQUEST_METHOD"]
-            log.exception("%s %r failed", method, environ.get("PATH_INFO", ""))
-            response = as_json(Error("internal server error"), 500)
-            start_response(response.status, response.headerlist, sys.exc_info())
-            return [] if method == "HEAD" else response.app_iter
-
-    return answer

@@ -1,6 +1,6 @@
 """Serve items: the composition root and the command line.
 
-The only module that knows the others.  ``python serve.py`` serves an embedded SQLite
+The module that puts the others together.  ``python serve.py`` serves an embedded SQLite
 file with waitress; ``gunicorn 'serve:create_app()'`` serves the same application.
 """
 
@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,11 @@ from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
 
+from errors import errors_as_json
 from middleware import SessionMiddleware
-from models import create_tables, make_engine, make_reader
-from resources import MAX_BODY, errors_as_json, make_app
+from models import create_tables, make_engine, make_probe, make_reader
+from resources import make_app
+from router import MAX_BODY
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -39,10 +41,16 @@ log = logging.getLogger("items")
 class Service:
     """The WSGI application: resources, sessions, errors; and the engines beneath it."""
 
-    def __init__(self, engine: Engine, reader: Engine | None, max_body: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        reader: Engine | None,
+        probe: Callable[[], object],
+        max_body: int,
+    ) -> None:
         self.engines = [engine] if reader is None else [engine, reader]
         session = scoped_session(sessionmaker(engine))
-        items = make_app(session, max_body=max_body)
+        items = make_app(session, probe=probe, max_body=max_body)
         self.app = errors_as_json(
             SessionMiddleware(items, session, attempts=ATTEMPTS, reader=reader, confirm=True)
         )
@@ -78,7 +86,7 @@ def create_app(
     engine = make_engine(url, pool_size=threads)
     create_tables(engine)
     reader = make_reader(reader_url or os.environ.get("READER_URL") or url, pool_size=threads)
-    return Service(engine, reader, max_body)
+    return Service(engine, reader, make_probe(url), max_body)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             channel_timeout=options.idle_timeout,
             # waitress refuses what is far too long before it has stored it.
             max_request_body_size=options.max_body + 2**20,
+            # So much of a stream waits in memory for a client slower than we are.
+            outbuf_high_watermark=2**19,
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: cannot listen on {options.listen}: {error}\n")

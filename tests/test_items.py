@@ -4,103 +4,30 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import shift_path_info
 from wsgiref.validate import validator
 
+import item_service
 import pytest
-from sqlalchemy import Column, Engine, ForeignKey, Integer, MetaData, String, Table, insert, select
-from sqlalchemy import text as sql
-from support import Reply, Server, environ, serve_once
+from item_service import Service, service_at
+from sqlalchemy import insert
+from support import environ, serve_once
 from webtest import TestApp
 
-import serve
-from models import Base, Item, make_engine
-from resources import errors_as_json
+from models import Item
 
 if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+    from wsgiref.types import StartResponse, WSGIEnvironment
 
 SIXTEEN = "sixteen letters!"
-INTERNAL = b'{"error": "internal server error"}'
 
 
-@dataclass
-class Service:
-    """The whole service, a client of it, and a second engine on its database."""
-
-    app: WSGIApplication
-    client: TestApp
-    outside: Engine
-
-    def rows(self) -> list[tuple[int, str | None]]:
-        """What is durable."""
-        with self.outside.connect() as connection:
-            found = connection.execute(select(Item.id, Item.name).order_by(Item.id))
-            return [(id, name) for id, name in found]
-
-    def post(self, body: bytes, status: int, **options: Any) -> Any:
-        options.setdefault("content_type", "application/json")
-        return self.client.post("/", body, status=status, **options)
-
-    def post_raw(self, body: bytes, **more: Any) -> Reply:
-        """Post *body* as a server would that knows only what *more* says of it."""
-        stream = io.BytesIO(body)
-        more = {"CONTENT_TYPE": "application/json", "wsgi.input": stream, **more}
-        return serve_once(validator(self.app), environ("POST", **more))
-
-
-@contextmanager
-def service_at(url: str, **options: Any) -> Iterator[Service]:
-    """Run the service; at the end no connection may be out."""
-    engines: list[Engine] = []
-
-    def kept(make: Callable[..., Engine | None]) -> Callable[..., Engine | None]:
-        def made(*args: Any, **options: Any) -> Engine | None:
-            engine = make(*args, **options)
-            if engine is not None:
-                engines.append(engine)
-            return engine
-
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("make_engine", "make_reader"):
-            patch.setattr(serve, name, kept(getattr(serve, name)))
-        app = serve.create_app(url, **options)
-    outside = make_engine(url)
-    yield Service(app, TestApp(validator(app)), outside)
-    left = [engine.pool.checkedout() for engine in engines]  # type: ignore[attr-defined]
-    for engine in engines:
-        engine.dispose()
-    Base.metadata.drop_all(outside)
-    outside.dispose()
-    assert not any(left), "a connection was not returned to its pool"
-
-
-@pytest.fixture
-def memory_url(tmp_path: Path) -> str:
-    """A database in memory that a second engine of this process can look into."""
-    return f"sqlite:///file:{tmp_path.name}?mode=memory&cache=shared&uri=true"
-
-
-@pytest.fixture
-def service(sqlite_url: str) -> Iterator[Service]:
-    """The service on a SQLite file."""
-    with service_at(sqlite_url) as made:
-        yield made
-
-
-@pytest.fixture(params=["sqlite", "memory", "postgresql", "mariadb"])
-def any_service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    """The service on each database in turn."""
-    with service_at(request.getfixturevalue(f"{request.param}_url")) as made:
-        yield made
+memory_url, service, any_service = (
+    item_service.memory_url,
+    item_service.service,
+    item_service.any_service,
+)
 
 
 # What works, on every database.
@@ -137,6 +64,59 @@ def test_an_item_is_shown(any_service: Service) -> None:
     created = any_service.client.post("/")
     shown = any_service.client.get("/1")
     assert (shown.status, shown.body) == ("200 OK", created.body)
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+def test_an_item_is_renamed(method: str, any_service: Service) -> None:
+    """PUT and PATCH give an item another name, and answer with the item."""
+    any_service.client.post("/")
+    answer = any_service.send(method, "/1", b'{"name": "chair"}')
+    assert (answer.status, answer.content) == ("200 OK", b'{"id": 1, "name": "chair"}')
+    assert any_service.rows() == [(1, "chair")]
+
+
+@pytest.mark.parametrize("body", [b"", b"{}"])
+def test_a_change_of_nothing_changes_nothing(body: bytes, any_service: Service) -> None:
+    """PATCH without a name leaves the item as it is, and answers with it."""
+    any_service.client.post("/")
+    answer = any_service.send("PATCH", "/1", body)
+    assert (answer.status, answer.content) == ("200 OK", b'{"id": 1, "name": "Item #1"}')
+    assert any_service.rows() == [(1, "Item #1")]
+
+
+@pytest.mark.parametrize("body", [b"", b"{}"])
+def test_a_replacement_needs_a_name(body: bytes, service: Service) -> None:
+    """PUT without a name is a 422 that says what is missing, and changes nothing."""
+    service.client.post("/")
+    answer = service.send("PUT", "/1", body)
+    assert answer.status is not None
+    assert answer.status.startswith("422 ")
+    assert b"missing required field `name`" in answer.content
+    assert service.rows() == [(1, "Item #1")]
+
+
+def test_an_item_is_deleted(any_service: Service) -> None:
+    """DELETE removes an item and answers 204 without a body; then it is not found."""
+    any_service.client.post("/")
+    any_service.client.post("/")
+    answer = any_service.client.delete("/1", status=204)
+    assert answer.body == b""
+    assert any_service.rows() == [(2, "Item #2")]
+    for method in ("GET", "DELETE"):
+        any_service.client.request("/1", method=method, status=404)
+
+
+@pytest.mark.parametrize(
+    ("method", "body"), [("PUT", b'{"name": "a"}'), ("PATCH", b"{}"), ("DELETE", b"")]
+)
+@pytest.mark.parametrize("id", [1, 2**31])
+def test_an_unknown_item_is_not_changed(
+    id: int, method: str, body: bytes, any_service: Service
+) -> None:
+    """A change of an item that is not there is a 404, and makes none."""
+    answer = any_service.send(method, f"/{id}", body)
+    assert (answer.status, answer.content) == ("404 Not Found", b'{"error": "not found"}')
+    assert any_service.rows() == []
 
 
 def test_an_unknown_item_is_not_found(any_service: Service) -> None:
@@ -241,6 +221,15 @@ def test_another_content_type_is_refused(content_type: str, service: Service) ->
     assert service.rows() == []
 
 
+def test_an_encoded_body_is_refused(service: Service) -> None:
+    """A body that is compressed, or says so, is a 415; one that says it is not is taken."""
+    body = b'{"name": "a"}'
+    reply = service.send("POST", "/", body, HTTP_CONTENT_ENCODING="gzip")
+    assert reply.content == b'{"error": "the body must not be encoded"}'
+    assert service.rows() == []
+    assert service.send("POST", "/", body, HTTP_CONTENT_ENCODING="identity").status == "200 OK"
+
+
 @pytest.mark.parametrize(
     "content_type", ["application/json", "application/json; charset=utf-8", "Application/JSON"]
 )
@@ -263,8 +252,9 @@ CHUNKED = {"wsgi.input_terminated": True}
 def test_a_body_over_the_limit_is_refused(how: dict[str, Any], sqlite_url: str) -> None:
     """A body of one byte more than the limit is a 413, whether its length is known or not."""
     with service_at(sqlite_url, max_body=32) as service:
-        reply = service.post_raw(b'{"name": "chair"}'.ljust(33), **how)
-        assert reply.status == "413 Request Entity Too Large"
+        reply = service.send_raw("POST", "/", b'{"name": "chair"}'.ljust(33), **how)
+        assert reply.status is not None
+        assert reply.status.startswith("413 ")
         assert json.loads(reply.content) == {"error": "a body may have at most 32 bytes"}
         assert service.rows() == []
 
@@ -273,20 +263,20 @@ def test_a_body_over_the_limit_is_refused(how: dict[str, Any], sqlite_url: str) 
 def test_a_body_of_the_limit_is_taken(how: dict[str, Any], sqlite_url: str) -> None:
     """A body of just the limit makes its item, whether its length is known or not."""
     with service_at(sqlite_url, max_body=32) as service:
-        reply = service.post_raw(b'{"name": "chair"}'.ljust(32), **how)
+        reply = service.send_raw("POST", "/", b'{"name": "chair"}'.ljust(32), **how)
         assert reply.content == b'{"id": 1, "name": "chair"}'
 
 
 def test_a_long_body_is_not_read(service: Service) -> None:
     """A Content-Length over the limit is refused before anything is read."""
     stream = io.BytesIO(b"{}")
-    service.post_raw(b"", **{"CONTENT_LENGTH": str(2**40), "wsgi.input": stream})
+    service.send_raw("POST", "/", b"", **{"CONTENT_LENGTH": str(2**40), "wsgi.input": stream})
     assert stream.tell() == 0
 
 
 def test_an_incomplete_body_is_refused(service: Service) -> None:
     """A body that ends before its Content-Length is a 400, even if it is JSON so far."""
-    reply = service.post_raw(b'{"name": "chair"}', CONTENT_LENGTH="18")
+    reply = service.send_raw("POST", "/", b'{"name": "chair"}', CONTENT_LENGTH="18")
     assert reply.status == "400 Bad Request"
     assert json.loads(reply.content) == {"error": "the body is incomplete"}
     assert service.rows() == []
@@ -299,7 +289,7 @@ def test_a_body_that_breaks_off_is_refused(service: Service) -> None:
         def read(self, size: int | None = -1, /) -> bytes:
             raise ConnectionResetError("the client is gone")
 
-    reply = service.post_raw(b"", **{"wsgi.input": Broken(), **CHUNKED})
+    reply = service.send_raw("POST", "/", b"", **{"wsgi.input": Broken(), **CHUNKED})
     assert reply.status == "400 Bad Request"
     assert service.rows() == []
 
@@ -322,7 +312,6 @@ def test_a_body_that_breaks_off_is_refused(service: Service) -> None:
         pytest.param("/%D9%A1", id="arabic-digit"),
         pytest.param("/%EF%BC%91", id="wide-digit"),
         pytest.param("/%C2%B2", id="superscript"),
-        pytest.param("/%FF", id="no-utf8"),
         pytest.param("/%00", id="nul"),
         pytest.param("/items", id="word"),
     ],
@@ -333,14 +322,21 @@ def test_another_path_is_not_found(path: str, service: Service) -> None:
     assert service.client.get(path, status=404).body == b'{"error": "not found"}'
 
 
+@pytest.mark.parametrize("path", ["/%FF", "/%C3", "/%ED%A0%80"])
+def test_a_path_is_utf8(path: str, service: Service) -> None:
+    """A path that is not percent-encoded UTF-8 is a 400 that says so."""
+    error = service.client.get(path, status=400).json["error"]
+    assert error == "the path is not percent-encoded UTF-8"
+
+
 def test_a_path_may_be_percent_encoded(service: Service) -> None:
     """A digit that is percent-encoded is that digit."""
     service.client.post("/")
     assert service.client.get("/%31").json["id"] == 1
 
 
-def test_a_query_is_ignored(service: Service) -> None:
-    """What follows a question mark changes nothing."""
+def test_a_query_of_an_item_is_ignored(service: Service) -> None:
+    """What follows a question mark changes nothing, but in a list."""
     service.client.post("/?x=%FF")
     assert service.client.get("/1?id=2").json["id"] == 1
 
@@ -355,7 +351,13 @@ def test_head_is_get_without_a_body(path: str, status: int, service: Service) ->
     assert head.body == b""
 
 
-METHODS = {"/": "GET, HEAD, OPTIONS, POST", "/1": "GET, HEAD, OPTIONS"}
+METHODS = {
+    "/": "GET, HEAD, OPTIONS, POST",
+    "/1": "DELETE, GET, HEAD, OPTIONS, PATCH, PUT",
+    "/healthz": "GET, HEAD, OPTIONS",
+    "/openapi.json": "GET, HEAD, OPTIONS",
+    "/page.js": "GET, HEAD, OPTIONS",
+}
 
 
 @pytest.mark.parametrize("path", METHODS)
@@ -366,9 +368,31 @@ def test_options_tells_the_methods(path: str, service: Service) -> None:
     assert answer.body == b""
 
 
+def test_options_tells_what_a_patch_is(service: Service) -> None:
+    """OPTIONS of an item says that a patch is JSON (RFC 5789, 3.1)."""
+    assert service.client.options("/1").headers["Accept-Patch"] == "application/json"
+    assert "Accept-Patch" not in service.client.options("/").headers
+
+
+@pytest.mark.parametrize("id", [0, 2**31])
+def test_what_cannot_be_has_no_methods(id: int, service: Service) -> None:
+    """A path that no item can have is a 404 for every method."""
+    for method in ("OPTIONS", "POST", "DELETE"):
+        assert service.send(method, f"/{id}").status == "404 Not Found"
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("PUT", "/"), ("DELETE", "/"), ("POST", "/1"), ("PATCH", "/1"), ("BREW", "/1"), ("get", "/")],
+    [
+        ("PUT", "/"),
+        ("DELETE", "/"),
+        ("POST", "/1"),
+        ("BREW", "/1"),
+        ("get", "/"),
+        ("POST", "/healthz"),
+        ("DELETE", "/openapi.json"),
+        ("PUT", "/page.js"),
+    ],
 )
 def test_another_method_is_not_allowed(method: str, path: str, service: Service) -> None:
     """A method that a resource has not is a 405, with those that it has in Allow."""
@@ -401,75 +425,20 @@ def test_an_empty_path_may_be_left_out(service: Service) -> None:
     assert serve_once(service.app, request).content == b'{"items": []}'
 
 
-# What nobody expected.
+# Whose request it is.
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/"), ("GET", "/1")])
-def test_an_unexpected_error_tells_nothing(
-    method: str, path: str, any_service: Service, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where the table is gone the client learns only that, and the log has the traceback."""
-    Base.metadata.drop_all(any_service.outside)
-    answer = any_service.client.request(path, method=method, status=500)
-    assert answer.body == INTERNAL
-    assert answer.content_type == "application/json"
-    (record,) = (record for record in caplog.records if record.name == "items")
-    assert record.levelno == logging.ERROR
-    assert record.getMessage() == f"{method} '{path}' failed"
-    assert "items" in str(record.exc_info)
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "new"])
+@pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("DELETE", "/1")])
+def test_another_site_changes_nothing(method: str, path: str, site: str, service: Service) -> None:
+    """A change that a page of another site has a browser ask for is a 403."""
+    service.client.post("/")
+    reply = service.send(method, path, HTTP_SEC_FETCH_SITE=site)
+    assert reply.status == "403 Forbidden"
+    assert service.rows() == [(1, "Item #1")]
 
 
-def test_an_unexpected_error_of_head_has_no_body(service: Service) -> None:
-    """The 500 that answers HEAD has the headers of the one for GET, and no body."""
-    Base.metadata.drop_all(service.outside)
-    answer = service.client.head("/", status=500)
-    assert answer.headers["Content-Length"] == str(len(INTERNAL))
-    assert answer.body == b""
-
-
-def test_the_log_shows_a_path_on_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    """A line break in a path is escaped in the log."""
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
-        raise RuntimeError("unexpected")
-
-    reply = serve_once(errors_as_json(app), environ("GET", "/\nERROR forged"))
-    assert reply.content == INTERNAL
-    assert caplog.messages == [r"GET '/\nERROR forged' failed"]
-
-
-def test_an_error_after_the_first_byte_is_the_servers() -> None:
-    """What is raised when bytes have left reaches the server, which can cut the response."""
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
-        start_response("200 OK", [])(b"first")
-        raise RuntimeError("unexpected")
-
-    server = Server(errors_as_json(app))
-    with pytest.raises(RuntimeError, match="unexpected"):
-        server.run()
-    assert server.reply.chunks == [b"first"]
-
-
-@pytest.mark.parametrize("any_url", ["sqlite", "postgresql"], indirect=True)
-def test_a_commit_that_fails_is_an_error(any_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Where the database refuses COMMIT the client gets a 500, never a 200, and no row stays."""
-    metadata = MetaData()
-    Table("allowed", metadata, Column("name", String(16), primary_key=True))
-    reference = ForeignKey("allowed.name", deferrable=True, initially="DEFERRED")
-    id = Column("id", Integer, primary_key=True)
-    Table("items", metadata, id, Column("name", String(16), reference))
-    engine = make_engine(any_url)
-    metadata.create_all(engine)
-    try:
-        with service_at(any_url) as service:
-            assert service.client.post("/", status=500).body == INTERNAL
-            assert service.rows() == []
-            with service.outside.begin() as connection:
-                connection.execute(sql("INSERT INTO allowed VALUES ('chair')"))
-            assert service.post(b'{"name": "chair"}', 200).json["name"] == "chair"
-            assert [name for _, name in service.rows()] == ["chair"]
-    finally:
-        metadata.drop_all(engine)
-        engine.dispose()
-    assert "the commit failed" in caplog.text
+@pytest.mark.parametrize(("method", "site"), [("POST", "same-origin"), ("GET", "cross-site")])
+def test_an_own_page_may_change_and_any_may_read(method: str, site: str, service: Service) -> None:
+    """The page of this site may change items, and a link on any page leads here."""
+    assert service.send(method, "/", HTTP_SEC_FETCH_SITE=site).status == "200 OK"
