@@ -1,11 +1,14 @@
 # make serve   the item service on a SQLite file, http://127.0.0.1:8080
 # make test    the whole test suite, on the databases that this machine has
 # make check   ruff, mypy and a wheel that is built, installed and used
+# make docs    the documentation, as pages in build/docs
+# make bench   what a session costs, by this middleware and by others
+# make fuzz    schemathesis against the service on PostgreSQL, for minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help serve test check test-sqlalchemy-2.0 clean
+.PHONY: help serve test check docs bench fuzz test-sqlalchemy-2.0 clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -25,9 +28,18 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/pytest --no-header -q tests/packaging
 
+docs: .venv/installed-dev
+	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs build/docs
+
+bench: .venv/installed-bench
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/million.py
+
 # The library once more, on the older of the two SQLAlchemys that it supports.
+LIBRARY := after_commit attempts confirm conflicts doomed faults frameworks lost_work model \
+	outcome receipt servers streams testing transparency whose_session
 test-sqlalchemy-2.0: .venv-2.0/installed-dev
-	.venv-2.0/bin/pytest -q --ignore tests/packaging
+	.venv-2.0/bin/pytest -q $(LIBRARY:%=tests/test_%.py)
 
 # A stamp, not the folder: a failed installation leaves half of one behind.
 .venv/installed-%: setup.py

@@ -1,8 +1,8 @@
 """Packaging: install the middleware alone, under one unique name.
 
 The repository is flat so that it can be read and run in place.  Its module names are
-too common for a shared site-packages, so the wheel carries only ``middleware.py``, as
-``sessionscope.middleware``; the item service stays here.
+too common for a shared site-packages, so the wheel carries only the library, as
+``sessionscope.middleware`` and so on; the item service stays here.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = {"middleware"}
+SHIPPED = {"middleware", "pastedeploy", "pytest_plugin", "testing"}
 
 APP = ["msgspec>=0.19", "waitress>=3.0", "WebOb>=1.8.9"]
 POSTGRESQL = ["psycopg[binary]>=3.1"]
@@ -19,6 +19,7 @@ TEST = [
     *APP,
     *POSTGRESQL,
     *MYSQL,
+    "axe-playwright-python>=0.1.4",
     "bottle>=0.13",
     "coverage>=7.10",
     "Django>=5.2",
@@ -27,15 +28,23 @@ TEST = [
     "granian>=2",
     "gunicorn>=23",
     "hypothesis>=6.100",
+    "openapi-spec-validator>=0.7",
+    "PasteDeploy>=3.1",
     "pg8000>=1.31",
+    "playwright>=1.50",
+    "prometheus-client>=0.20",
     "pyramid>=2",
     "pytest>=8",
     "pyuwsgi>=2.0.28",
+    "schemathesis>=4",
     "sybil>=9",
     "WebTest>=3.0",
 ]
+BENCH = [*APP, "Flask>=3.1", "repoze.tm2>=2.2", "zope.sqlalchemy>=3"]
+DOCS = ["furo>=2024.8", "myst-parser>=4", "Sphinx>=8"]
 DEV = [
     *TEST,
+    *DOCS,
     "build>=1.2",
     "mypy>=1.15",
     "ruff>=0.9",
@@ -66,18 +75,28 @@ setup(
     package_dir={"sessionscope": "."},
     package_data={"sessionscope": ["py.typed"]},
     cmdclass={"build_py": build_shipped},
+    # Editable means links to what is shipped, which tools that don't run the code can follow.
+    options={"editable_wheel": {"mode": "strict"}},
     install_requires=["SQLAlchemy>=2.0.30"],
     extras_require={
         "app": APP,
         "postgresql": POSTGRESQL,
         "mysql": MYSQL,
         "test": TEST,
+        "docs": DOCS,
+        "bench": BENCH,
         "dev": DEV,
+    },
+    entry_points={
+        "paste.filter_app_factory": ["main = sessionscope.pastedeploy:filter_app_factory"],
+        "pytest11": ["sessionscope = sessionscope.pytest_plugin"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Framework :: Flask",
+        "Framework :: Paste",
         "Framework :: Pyramid",
+        "Framework :: Pytest",
         "Intended Audience :: Developers",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

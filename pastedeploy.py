@@ -1,0 +1,97 @@
+"""The session middleware as a filter of PasteDeploy, for ``pserve`` and what else reads its files.
+
+In the ini file of an application::
+
+    [filter:session]
+    use = egg:sessionscope
+    registry = myapp.models:Session
+    attempts = 3
+
+    [pipeline:main]
+    pipeline = session myapp
+
+The settings are the arguments of `SessionMiddleware`:
+
+===============  =========================================================================
+``registry``     the name of the application's ``scoped_session``, ``module:name``
+``url``          instead of a registry: the database; the application then finds its session
+                 at ``environ["sessionscope.session"]``
+``reader``       the name of an Engine for safe methods
+``reader_url``   instead of a reader: the database for them
+``commit_when``  the name of a function ``(environ, status, headers)``
+``observer``     the name of a function that is called with each ``Outcome``
+``attempts``     a whole number
+``confirm``      ``true`` or ``false``
+===============  =========================================================================
+
+In such files ``%`` is written ``%%``, in the password of a URL, too.  Only the installed
+library has this module, and it doesn't import PasteDeploy: a factory is a function
+(https://docs.pylonsproject.org/projects/pastedeploy/, "paste.filter_app_factory").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from configparser import ConfigParser
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from sessionscope.middleware import SessionMiddleware
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
+
+__all__ = ["filter_app_factory"]
+
+
+def filter_app_factory(
+    app: WSGIApplication, global_config: object, **settings: str
+) -> SessionMiddleware:
+    """Wrap *app* as a section of an ini file says.
+
+    :param app: the WSGI application that the filter stands before.
+    :param global_config: the section ``[DEFAULT]``, which is not looked at.
+    :param settings: the section of the filter, as the table of this module has it.
+    :raises ValueError: for a setting that is unknown, missing, doubled or cannot be read.
+    :raises TypeError: for a name that stands for an object of another type.
+    """
+    arguments: dict[str, Any] = {}
+    for setting, text in settings.items():
+        if setting not in _SETTINGS:
+            raise ValueError(f"there is no setting {setting!r}, only {', '.join(_SETTINGS)}")
+        argument, read = _SETTINGS[setting]
+        if argument in arguments:
+            names = [name for name, (stands_for, _) in _SETTINGS.items() if stands_for == argument]
+            raise ValueError(f"{' and '.join(names)} exclude each other")
+        try:
+            arguments[argument] = read(text)
+        except Exception as error:  # whatever the module raised that a name is in
+            raise ValueError(f"the setting {setting!r} cannot be used: {error}") from error
+    if "registry" not in arguments:
+        raise ValueError("a registry or url is missing")
+    return SessionMiddleware(app, **arguments)
+
+
+def _registry_at(url: str) -> scoped_session[Session]:
+    return scoped_session(sessionmaker(create_engine(url)))
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ConfigParser.BOOLEAN_STATES:
+        raise ValueError(f"{text!r} is neither true nor false")
+    return ConfigParser.BOOLEAN_STATES[text.lower()]
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "registry": ("registry", resolve_name),
+    "url": ("registry", _registry_at),
+    "reader": ("reader", resolve_name),
+    "reader_url": ("reader", create_engine),
+    "commit_when": ("commit_when", resolve_name),
+    "observer": ("observer", resolve_name),
+    "attempts": ("attempts", int),
+    "confirm": ("confirm", _boolean),
+}
+"""Of each setting the argument that it stands for, and how its text is read."""
