@@ -32,8 +32,8 @@ docs: .venv/installed-dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs build/docs
 
 bench: .venv/installed-bench
-	$(BIN)/python benchmarks/run.py
-	$(BIN)/python benchmarks/million.py
+	PYTHONPATH=. $(BIN)/python benchmarks/run.py
+	PYTHONPATH=. $(BIN)/python benchmarks/million.py
 
 # The library once more, on the older of the two SQLAlchemys that it supports.
 LIBRARY := after_commit attempts confirm conflicts doomed faults frameworks lost_work model \

@@ -13,6 +13,7 @@ written by hand.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -20,12 +21,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING
 from wsgiref.util import setup_testing_defaults
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from contestants import CONTESTANTS
 from sqlalchemy import insert
@@ -85,7 +83,7 @@ def count(name: str, path: str, times: int) -> int:
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
     done = subprocess.run(
         [*command, sys.executable, __file__, name, path, str(times)],
-        env={"PYTHONHASHSEED": "0"},
+        env={**os.environ, "PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
         check=True,
