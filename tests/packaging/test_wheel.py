@@ -17,6 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = (".*", "__pycache__", "build", "dist", "*.egg-info", "items.db*")
 
+SHIPPED = ["middleware", "pastedeploy", "pytest_plugin", "testing"]
+
 WRAP_AN_APP = """
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import scoped_session, sessionmaker
@@ -50,8 +52,29 @@ print(*(distribution.name.lower().replace("_", "-") for distribution in distribu
 COPIED = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import middleware
-print(middleware.__file__)
+import {name}
+print({name}.__file__)
+"""
+
+TEST_AN_APP = """
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import scoped_session, sessionmaker
+
+engine = create_engine("sqlite://")
+with engine.begin() as connection:
+    connection.execute(text("CREATE TABLE items (name TEXT)"))
+Session = scoped_session(sessionmaker(engine))
+
+def test_the_kit(sessionscope_isolate):
+    connection = sessionscope_isolate(Session)
+    Session.execute(text("INSERT INTO items VALUES ('lamp')"))
+    Session.commit()
+    assert connection.scalar(text("SELECT count(*) FROM items")) == 1
+
+def test_that_it_left_nothing():
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM items")) == 0
+    engine.dispose()
 """
 
 
@@ -87,19 +110,24 @@ def run(python: Path, program: str, *arguments: str) -> str:
 
 
 def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
-    """The wheel has the one module, its type marker and metadata, and no other file."""
+    """The wheel has the library, its type marker and metadata, and no other file."""
     info = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
     with zipfile.ZipFile(wheel) as archive:
         assert sorted(archive.namelist()) == [
             f"{info}/METADATA",
             f"{info}/RECORD",
             f"{info}/WHEEL",
+            f"{info}/entry_points.txt",
             f"{info}/licenses/LICENSE",
             f"{info}/top_level.txt",
             "sessionscope/middleware.py",
+            "sessionscope/pastedeploy.py",
             "sessionscope/py.typed",
+            "sessionscope/pytest_plugin.py",
+            "sessionscope/testing.py",
         ]
-        assert archive.read("sessionscope/middleware.py") == (ROOT / "middleware.py").read_bytes()
+        for name in SHIPPED:
+            assert archive.read(f"sessionscope/{name}.py") == (ROOT / f"{name}.py").read_bytes()
 
 
 def test_it_requires_sqlalchemy_alone(wheel: Path) -> None:
@@ -111,13 +139,24 @@ def test_it_requires_sqlalchemy_alone(wheel: Path) -> None:
 
 
 def test_the_sdist_holds_the_tests(dist: Path) -> None:
-    """The sdist has all that the suite needs: each module, each test, the tools' settings."""
+    """The sdist has all that the suite needs: modules, tests, examples, the page, settings."""
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    tests = {path for path in (ROOT / "tests").rglob("*.py") if "__pycache__" not in path.parts}
-    wanted = {str(path.relative_to(ROOT)) for path in tests | {*ROOT.glob("*.py")}}
+    folders = ("benchmarks", "docs", "examples", "page", "tests")
+    files = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).rglob("*"))]
+    wanted = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert wanted | {"Makefile", "README.md", "LICENSE", "pyproject.toml", "py.typed"} <= held
+
+
+def test_the_distributions_can_be_published(dist: Path) -> None:
+    """twine finds nothing to complain of in the sdist and in the wheel."""
+    found = [str(path) for path in dist.iterdir()]
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *found], check=True)
 
 
 def test_installing_brings_sqlalchemy_alone(python: Path) -> None:
@@ -131,19 +170,39 @@ def test_the_installed_library_wraps_an_app(python: Path) -> None:
     assert run(python, WRAP_AN_APP) == "200 OK\n"
 
 
-def test_the_library_is_one_file(python: Path, tmp_path: Path) -> None:
-    """A copy of middleware.py alone can be imported where there is nothing but SQLAlchemy."""
-    copy = shutil.copy(ROOT / "middleware.py", tmp_path)
-    assert run(python, COPIED, str(tmp_path)) == f"{copy}\n"
+def test_pytest_finds_the_fixture(wheel: Path, tmp_path: Path) -> None:
+    """Where the wheel and pytest are installed, a test has the fixture without configuration."""
+    venv.create(tmp_path / "environment", with_pip=True)
+    python = tmp_path / "environment" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel, "pytest"], check=True)
+    (tmp_path / "test_app.py").write_text(TEST_AN_APP, "utf-8")
+    command = [str(python), "-m", "pytest", "-q", "-W", "error", "test_app.py"]
+    subprocess.run(command, cwd=tmp_path, check=True)
 
 
-def test_the_library_names_sqlalchemy_alone() -> None:
-    """No import of middleware.py, wherever it stands, names anything else, or a sibling."""
+@pytest.mark.parametrize("name", ["middleware", "testing"])
+def test_the_library_is_separate_files(python: Path, tmp_path: Path, name: str) -> None:
+    """A copy of either module alone can be imported where there is nothing but SQLAlchemy."""
+    copy = shutil.copy(ROOT / f"{name}.py", tmp_path)
+    assert run(python, COPIED.format(name=name), str(tmp_path)) == f"{copy}\n"
+
+
+IMPORTS = {
+    "middleware": {"sqlalchemy"},
+    "pastedeploy": {"sqlalchemy", "sessionscope"},
+    "pytest_plugin": {"pytest", ""},  # the last is its sibling, .testing
+    "testing": {"sqlalchemy"},
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_library_names_sqlalchemy_alone(name: str) -> None:
+    """No import of a module, wherever it stands, names more than it may, or a sibling."""
     imported = set()
-    for node in ast.walk(ast.parse((ROOT / "middleware.py").read_text("utf-8"))):
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add("." * node.level + (node.module or ""))
     roots = {name.partition(".")[0] for name in imported}
-    assert roots - sys.stdlib_module_names == {"sqlalchemy"}
+    assert roots - sys.stdlib_module_names == IMPORTS[name]
