@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 from urllib.parse import urlencode
 
 import msgspec
-from sqlalchemy import bindparam, select
+from sqlalchemy import Table, bindparam, insert, select, update
 from sqlalchemy.orm import Session, scoped_session
 
 from health import Health
@@ -91,9 +91,14 @@ class ItemList(msgspec.Struct):
     items: Sequence[ItemView]
 
 
-ALL = select(Item.id, Item.name).order_by(Item.id).limit(bindparam("count"))
-LATER = ALL.where(Item.id > bindparam("after"))
-ONE = select(Item.id, Item.name).where(Item.id == bindparam("id"))
+# Rows of the table rather than objects: for a request that shows them and forgets them they
+# cost a third.
+TABLE = cast(Table, Item.__table__)
+ALL = select(TABLE.c.id, TABLE.c.name).order_by(TABLE.c.id).limit(bindparam("count"))
+LATER = ALL.where(TABLE.c.id > bindparam("after"))
+ONE = select(TABLE.c.id, TABLE.c.name).where(TABLE.c.id == bindparam("key"))
+NEW = insert(TABLE).values(name=bindparam("name"))
+RENAME = update(TABLE).where(TABLE.c.id == bindparam("key")).values(name=bindparam("name"))
 
 
 class Items:
@@ -107,12 +112,13 @@ class Items:
 
     def create(self, request: JSONRequest, body: NewItem) -> ItemView:
         """Create an item."""
-        item = Item(name=None if body.name is msgspec.UNSET else body.name)
-        self.session.add(item)
-        self.session.flush()
-        if item.name is None:
-            item.name = f"Item #{item.id}"
-        return view(item)
+        name = None if body.name is msgspec.UNSET else body.name
+        made: Any = self.session.execute(NEW, {"name": name})
+        (id,) = made.inserted_primary_key
+        if name is None:
+            name = f"Item #{id}"
+            self.session.execute(RENAME, {"key": id, "name": name})
+        return ItemView(id, name)
 
     def list(self, request: JSONRequest, query: Page) -> ItemList | Response:
         """List all items, or a page of them."""
@@ -128,7 +134,7 @@ class Items:
 
     def show(self, request: JSONRequest, id: ItemId) -> ItemView:
         """Show an item."""
-        found = self.session.execute(ONE, {"id": id}).one_or_none()
+        found = self.session.execute(ONE, {"key": id}).one_or_none()
         if found is None:
             raise Refusal(404, "not found")
         return ItemView(*found)
