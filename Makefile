@@ -31,12 +31,15 @@ check: .venv/installed-dev
 docs: .venv/installed-dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs build/docs
 
+fuzz: .venv/installed-dev
+	PYTHONPATH=. $(BIN)/python tests/fuzz.py
+
 bench: .venv/installed-bench
 	PYTHONPATH=. $(BIN)/python benchmarks/run.py
 	PYTHONPATH=. $(BIN)/python benchmarks/million.py
 
 # The library once more, on the older of the two SQLAlchemys that it supports.
-LIBRARY := after_commit attempts confirm conflicts doomed faults frameworks lost_work model \
+LIBRARY := after_commit attempts confirm conflicts docs doomed faults frameworks lost_work model \
 	outcome receipt servers streams testing transparency whose_session
 test-sqlalchemy-2.0: .venv-2.0/installed-dev
 	.venv-2.0/bin/pytest -q $(LIBRARY:%=tests/test_%.py)

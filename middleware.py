@@ -220,9 +220,9 @@ class SessionMiddleware:
                 return self.app(environ, start_response)
         if self.attempts == 1:
             return _Attempt(self, environ, start_response).respond()  # type: ignore[return-value]
-        return self.respond_at_last(environ, start_response)
+        return self._respond_at_last(environ, start_response)
 
-    def respond_at_last(
+    def _respond_at_last(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Try until an attempt need not, or may not, be repeated."""
@@ -237,7 +237,7 @@ class SessionMiddleware:
             request.rewind()
             number += 1
 
-    def warn_once(self, message: str) -> None:
+    def _warn_once(self, message: str) -> None:
         if not self.warned:
             self.warned = True
             log.warning(message)
@@ -356,7 +356,7 @@ class _Attempt:
                 return None
             if not isinstance(body, _Body):
                 self.unit.close()
-                self.report()
+            self.report()
             self.send_head()
         except BaseException as error:
             failed_for_now = self.failed_for_now(error)
@@ -510,7 +510,7 @@ class _Attempt:
         """Only warn of a session that a safe method threw away when it had but read."""
         unit = self.unit
         if self.method in SAFE_METHODS and not unit.wrote:
-            self.middleware.warn_once(unit.loss())
+            self.middleware._warn_once(unit.loss())
             unit.lost.clear()
 
     def report(self) -> None:
@@ -643,7 +643,8 @@ class _Body:
             if chunk is _END:
                 self.exhausted = True
                 attempt.settle()
-        attempt.report()
+        if attempt.head_sent:
+            attempt.report()
         if attempt.written:
             if chunk is not _END:
                 self.pushed_back.append(chunk)
@@ -819,14 +820,14 @@ class _UnitOfWork(_Place):
         """
         if self.lost:
             raise TransactionDoomed(self.loss())
-        self.fate = "rollback"
         if self.session.in_transaction():
+            self.fate = "rollback"
             try:
                 self.send_commit()
             except BaseException as error:
                 if not self.took_effect(error):
                     raise
-        self.fate = "commit"
+            self.fate = "commit"
         if self.callbacks.waiting:
             self.callbacks.run()
 
@@ -853,7 +854,8 @@ class _UnitOfWork(_Place):
 
     def first_error(self) -> BaseException | None:
         """What failed first in the transaction that the session is in."""
-        causes = (self.errors.get(own, (None,))[0] for own in self.connections.values())
+        owned = (*self.connections.values(), None)
+        causes = (self.errors.get(own, (None,))[0] for own in owned)
         return next(filter(None, causes), None)
 
     def resolve(self, error: BaseException | None) -> None:
@@ -1288,6 +1290,9 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 def _after_soft_rollback(session: Session, previous_transaction: SessionTransaction) -> None:
     # Comes after the end of the transaction; a close() has no such event.
     _forgive(session, previous_transaction)
+    unit, error = _unit_of(session), sys.exc_info()[1]
+    if unit is not None and isinstance(error, StaleDataError):
+        unit.errors[None] = (error, False)  # the ORM's own: no driver has raised it
 
 
 @event.listens_for(Session, "after_flush", insert=True)

@@ -143,6 +143,9 @@ class JSONRequest(Request):
     def read_bytes(self, limit: int) -> bytes:
         """Read a body of at most *limit* bytes, whether its length is known or not."""
         too_long = Refusal(413, f"a body may have at most {limit} bytes")
+        if self.http_version == "HTTP/1.0" and "HTTP_TRANSFER_ENCODING" in self.environ:
+            # Servers don't look for the body then (RFC 9112, 6.1).
+            raise Refusal(400, "HTTP/1.0 has no Transfer-Encoding")
         if self.content_length is not None and self.content_length > limit:
             raise too_long
         try:

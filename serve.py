@@ -19,7 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import scoped_session, sessionmaker
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
+from waitress.utilities import BadRequest
 
 from errors import errors_as_json
 from middleware import SessionMiddleware
@@ -36,6 +38,26 @@ ATTEMPTS = 5
 """How often one request may be tried when the database says "try again"."""
 
 log = logging.getLogger("items")
+
+
+class RequestParser(HTTPRequestParser):
+    """waitress's parser, which answers as well where it would hang up, or wait in vain."""
+
+    def received(self, data: bytes) -> int:
+        try:
+            consumed: int = super().received(data)
+        except ValueError:  # a target that is no URL, or a length of thousands of digits
+            self.error = BadRequest("The head cannot be read")
+            self.completed, consumed = True, len(data)
+        if self.completed:
+            self.expect_continue = False  # it would wait for a body that never comes
+        return consumed
+
+
+class Channel(HTTPChannel):
+    """A client's connection."""
+
+    parser_class = RequestParser
 
 
 class Service:
@@ -136,6 +158,8 @@ def run_until_stopped(sockets: dict[int, Any], patience: float) -> None:
     :param patience: seconds after which even unfinished requests are left.
     """
     listeners = [each for each in sockets.values() if isinstance(each, BaseWSGIServer)]
+    for listener in listeners:
+        listener.channel_class = Channel
     stopping = False
 
     def stop(number: int, _frame: object) -> None:

@@ -302,6 +302,19 @@ def test_the_observer_gets_one_outcome(
         outcome.action = "commit"  # type: ignore[misc]
 
 
+def test_the_observer_is_told_of_an_own_rollback(registry: Registry) -> None:
+    """What the application itself rolled back is no commit, whatever it answers."""
+    seen: list[Outcome] = []
+
+    def work() -> None:
+        registry.add(Item(name="no"))
+        registry.flush()
+        registry.rollback()
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry, observer=seen.append))
+    assert [outcome.action for outcome in seen] == ["rollback"]
+
+
 def test_the_observer_is_told_of_exceptions(registry: Registry) -> None:
     """What the application raised is in the outcome."""
     seen: list[Outcome] = []

@@ -377,6 +377,49 @@ def test_a_stale_row_is_read_again(registry: Registry, outside: Engine) -> None:
         serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
 
 
+@pytest.mark.parametrize("status", ["500 Internal Server Error", "200 OK"])
+def test_a_stale_row_that_was_swallowed_is_read_again(
+    status: str, registry: Registry, outside: Engine
+) -> None:
+    """So it is where a framework made a page of it, or the application went on regardless."""
+    calls: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        item = Item(name="kept")
+        registry.add(item)
+        registry.flush()
+        if len(calls) == 1:
+            registry.execute(sql("DELETE FROM items"))
+            item.name = "stale"
+            with suppress(StaleDataError):
+                registry.flush()
+        start_response(status if len(calls) == 1 else "200 OK", [])
+        return [b"fine"]
+
+    assert serve_once(SessionMiddleware(app, registry, attempts=2)).content == b"fine"
+    assert names(outside) == ["kept"]
+
+
+def test_a_page_that_is_taken_back_has_no_outcome(rival: Callable[..., Rival]) -> None:
+    """The observer is told once of a request, also where an iterator of a page is taken back."""
+    busy = rival(1)
+    outcomes: list[Outcome] = []
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        try:
+            busy.work()
+        except DBAPIError:
+            start_response("500 Internal Server Error", [])
+            return iter([b"sorry"])
+        start_response("200 OK", [])
+        return iter([b"fine"])
+
+    wrapped = SessionMiddleware(app, busy.registry, attempts=2, observer=outcomes.append)
+    assert serve_once(wrapped).content == b"fine"
+    assert [(outcome.action, outcome.attempts) for outcome in outcomes] == [("commit", 2)]
+
+
 # What is never repeated.
 
 

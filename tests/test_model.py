@@ -250,7 +250,10 @@ class Place:
         thrown_away = self.unit.thrown_away or self.astray()
         if (thrown_away and not harmless) or self.unit.broken:
             raise Fails(TransactionDoomed)
-        return self.unit.commit()
+        committed = self.unit.committed or self.unit.open
+        callbacks = self.unit.commit()
+        self.unit.committed = committed
+        return callbacks
 
     def leave(self) -> None:
         self.unit.rollback()
@@ -538,9 +541,9 @@ class Response:
 
     def report(self) -> None:
         if self.path not in self.model.outcomes:
-            actions = {"commit" if self.durable else "rollback"}
-            if self.place.unit.committed:
-                actions.add("commit")
+            actions = {"commit" if self.place.unit.committed else "rollback"}
+            if not self.durable:
+                actions.add("rollback")
             if not self.place.unit.used:
                 actions = {"none"}
             status = None if self.head is None else self.head.status

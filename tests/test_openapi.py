@@ -149,7 +149,7 @@ def test_the_service_is_as_described(sqlite_url: str, tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{server.port}/openapi.json"
         command = [sys.executable, "-W", "ignore", "-m", "schemathesis.cli"]
         command += ["--config-file", str(CONFIG), "run", url, "--checks", "all"]
-        command += ["--max-examples", str(EXAMPLES)]
+        command += ["--max-examples", str(EXAMPLES), "--generation-deterministic"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "failed" not in server.log
