@@ -829,6 +829,7 @@ class _UnitOfWork(_Place):
                     raise
             self.fate = "commit"
         if self.callbacks.waiting:
+            self.durable = "something"  # what they do is not done twice
             self.callbacks.run()
 
     def send_commit(self) -> None:
