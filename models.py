@@ -56,12 +56,12 @@ _LIVENESS: dict[str, dict[str, int]] = {
 }
 
 # What each session of a server is told, where the server knows the variable: refuse a lost
-# update (error 1020); read on one Galera node what was written on another; give up a lock
-# before `read_timeout` gives up the connection.
+# update (error 1020); read, change and refer to on one Galera node what was written on
+# another; give up a lock before `read_timeout` gives up the connection.
 # https://mariadb.com/kb/en/innodb-system-variables/, https://mariadb.com/kb/en/galera-cluster-system-variables/
 _MARIADB_SETTINGS = {
     "innodb_snapshot_isolation": "ON",
-    "wsrep_sync_wait": "1",
+    "wsrep_sync_wait": "7",
     "innodb_lock_wait_timeout": "10",
 }
 
