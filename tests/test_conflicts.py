@@ -314,7 +314,8 @@ def test_a_restart_of_the_server_fails_no_request(end: Callable[[Node], None], n
         session.execute(insert(Item).values(name="old"))
         all_connected.wait(PATIENCE)
 
-    with prepared(make_engine(node.url)) as engine:
+    # Eight connect at once to a server that has just started, on a machine that may be busy.
+    with prepared(make_engine(f"{node.url}?connect_timeout=60")) as engine:
         together(*(Request(engine, create) for _ in range(4)))
         end(node)
         node.start()
