@@ -1016,8 +1016,7 @@ class _UnitOfWork(_Place):
     ) -> None:
         if _leaves_commit_unknown(error):
             # Whatever the application makes of it, the request is not made again.
-            if self.durable == "nothing":
-                self.durable = "perhaps"
+            self.durable = "perhaps" if self.durable == "nothing" else self.durable
             for outer in _running.places:
                 if outer is not self:
                     outer.durable = "something"
@@ -1322,10 +1321,8 @@ def _note_write(session: Session) -> None:
 def _caller() -> str:
     """File and line of the code that called into SQLAlchemy."""
     frame = sys._getframe(1)
-    while frame.f_back is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] not in (__name__.partition(".")[0], "sqlalchemy", "contextlib"):
-            break
+    passed = (__name__.partition(".")[0], "sqlalchemy", "contextlib")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 

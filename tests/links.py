@@ -55,7 +55,7 @@ def linked(url: str) -> Iterator[Link]:
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            with link.connect() as server, suppress(OSError):
+            with suppress(OSError), link.connect() as server:
                 link.carry(self.request, server)
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as listener:

@@ -580,6 +580,20 @@ def test_an_unknown_outcome_that_became_a_page_is_not_repeated(
     assert len(calls) == 1
 
 
+def test_an_inner_unknown_outcome_is_not_repeated(cut_off: Registry) -> None:
+    """Nor is a request in which a session_scope lost the answer to its COMMIT."""
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        with suppress(middleware.CommitOutcomeUnknown), session_scope(cut_off) as session:
+            session.execute(insert(Item).values(name="x"))
+        raise StaleDataError
+
+    refuse_to_repeat(text(b"", before=work), cut_off, StaleDataError)
+    assert len(calls) == 1
+
+
 def test_nothing_is_repeated_after_a_callback_ran(rival: Callable[..., Rival]) -> None:
     """A page that commit_when lets succeed has had its callbacks, and is not taken back."""
     busy = rival(9)

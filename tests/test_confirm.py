@@ -181,6 +181,23 @@ def test_a_commit_that_stays_in_progress_is_unknown(
     assert (post.action, post.calls, post.callbacks) == ("unknown", 1, 0)
 
 
+def test_a_server_that_stays_away_leaves_it_unknown(
+    engine: Engine, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody can be asked, the outcome is unknown."""
+    monkeypatch.setattr(middleware, "CONFIRM_PATIENCE", 0.2)
+    post = Post(engine, attempts=3)
+    link.cut = "before its answer"
+
+    @event.listens_for(engine, "invalidate")
+    def go_away(*_: Any) -> None:
+        link.target = link.target.set(port=1)
+
+    with pytest.raises(CommitOutcomeUnknown):
+        post.send()
+    assert (post.action, post.calls) == ("unknown", 1)
+
+
 def test_what_wrote_nothing_is_a_success(engine: Engine, link: Link) -> None:
     """A transaction that only read is a success whatever became of its COMMIT, unasked."""
     registry: Registry = scoped_session(sessionmaker(engine))
