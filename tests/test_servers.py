@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 Registry = scoped_session[Session]
 
-TEARING = ["waitress", "gunicorn", "gunicorn-gthread"]
+TEARING = ["waitress", "gunicorn", "gunicorn-gthread", "granian"]
 """Servers that leave a stream of unknown length without its end when the application raises."""
 
-COMPLETING = ["wsgiref", "uwsgi", "granian"]
-"""Servers that end it as if it were whole: granian in chunks, the other two by closing."""
+COMPLETING = ["wsgiref", "uwsgi"]
+"""Servers that end it, by closing, as if it were whole."""
 
 SERVERS = TEARING + COMPLETING
 
