@@ -52,16 +52,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from tempfile import SpooledTemporaryFile
-from threading import Lock, get_ident, local
+from threading import Lock, local
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import ThreadLocalRegistry
 
@@ -149,10 +148,10 @@ def commit_on_success(environ: WSGIEnvironment, status: str, headers: Headers) -
 
     A pure function.  It is False, never an error, for a status that it cannot read.
     """
-    return isinstance(status, str) and _SUCCESS.match(status) is not None
+    return isinstance(status, str) and status[:4] in _SUCCESS
 
 
-_SUCCESS = re.compile(r"[23][0-9]{2}(?: |\Z)")
+_SUCCESS = frozenset(f"{code}{end}" for code in range(200, 400) for end in ("", " "))
 
 
 class SessionMiddleware:
@@ -218,9 +217,9 @@ class SessionMiddleware:
             if outer is not None and outer.serves_this_thread():
                 environ[SESSION_KEY] = outer.session
                 return self.app(environ, start_response)
-        if self.attempts == 1:
-            return _Attempt(self, environ, start_response).respond()  # type: ignore[return-value]
-        return self._respond_at_last(environ, start_response)
+        if self.attempts > 1:
+            return self._respond_at_last(environ, start_response)
+        return _Attempt(self, environ, start_response).respond()  # type: ignore[return-value]
 
     def _respond_at_last(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -260,7 +259,7 @@ def session_scope(registry: Registry) -> Iterator[Session]:
         the work, or the session was closed while it held some.
     :raises CommitOutcomeUnknown: where the answer to COMMIT was lost.
     """
-    unit = _UnitOfWork(registry)
+    unit = _UnitOfWork(registry, joinable=False)
     try:
         with unit:
             try:
@@ -298,6 +297,8 @@ def on_commit(session: Session | Registry, callback: Callback) -> None:
             f"on_commit: {session!r} has no session that a SessionMiddleware or a "
             "session_scope runs, so nothing here would ever call the callback"
         )
+    if unit.callbacks is None:
+        unit.callbacks = _Callbacks(unit.registry)
     unit.callbacks.add(callback, found.get_nested_transaction())
 
 
@@ -326,17 +327,14 @@ class _Attempt:
         self.server_start_response = start_response
         self.number = number
         # Read at entry: the environ is the application's to change.
-        self.method: str = environ.get("REQUEST_METHOD", "")
+        method: str = environ.get("REQUEST_METHOD", "")
+        self.method = method
         self.script_name, self.path_info = environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
         self.began = monotonic() if began is None else began
-        reader = middleware.reader if self.method in SAFE_METHODS else None
-        self.unit = _UnitOfWork(
-            middleware.registry, joinable=True, reader=reader, confirm=middleware.confirm
-        )
-        if middleware.attempts > 1 and self.unit.session.bind is not None:
-            _watch_errors(self.unit.session.bind)  # its very first BEGIN may be refused
         self.written: list[bytes] = []
-        environ[SESSION_KEY] = self.unit.session
+        reader = middleware.reader if method in SAFE_METHODS else None
+        self.unit = unit = _UnitOfWork(middleware.registry, reader, middleware.confirm)
+        environ[SESSION_KEY] = unit.session
 
     def __str__(self) -> str:
         return f"{self.method} {self.path()}"
@@ -348,13 +346,14 @@ class _Attempt:
     def respond(self) -> Iterable[bytes] | None:
         """Call the application; what the server may send, or None for another attempt."""
         try:
-            body = self.call_app()
-            if isinstance(body, _Body):
+            body: Any = self.call_app()
+            streamed = type(body) is _Body
+            if streamed:
                 body.prime()
             if self.failed_for_now(None):
                 self.abandon(None)
                 return None
-            if not isinstance(body, _Body):
+            if not streamed:
                 self.unit.close()
             self.report()
             self.send_head()
@@ -364,7 +363,7 @@ class _Attempt:
             if failed_for_now:
                 return None
             raise
-        return body
+        return body  # type: ignore[no-any-return]
 
     def failed_for_now(self, error: BaseException | None) -> bool:
         """Tell whether the request may succeed when it is tried again, and may be tried.
@@ -392,20 +391,21 @@ class _Attempt:
         except Exception:
             log.exception("close() failed")
 
-    def call_app(self) -> Iterable[bytes]:
+    def call_app(self) -> Any:
         with self.unit:
             try:
                 body: Any = self.middleware.app(self.environ, self.start_response)
                 self.iterable = body
                 if self.written and type(body) in (list, tuple):
                     body = [self.take_written(), *body]
-                if self.written or not _is_whole(body, self.environ):
+                whole = type(body) is list or _is_whole(body, self.environ)
+                if self.written or not whole:
                     return _Body(self, iter(body))
             except BaseException as error:
                 self.roll_back(error)
                 raise
-            self.settle()
-            return body  # type: ignore[no-any-return]
+            self.settle(whole=True)
+            return body
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the application's iterable, once, and let go of the session.
@@ -443,10 +443,10 @@ class _Attempt:
         if exc_info is not None:
             if self.head_sent:
                 raise exc_info[1].with_traceback(exc_info[2])
+            self.written.clear()
         elif self.head is not None:
             raise AssertionError("start_response was called again without exc_info (PEP 3333)")
         self.head = _Head(self.method, status, headers, exc_info)
-        self.written.clear()
         return self.write
 
     def write(self, data: bytes) -> None:
@@ -472,15 +472,18 @@ class _Attempt:
             # One that would all the same must not answer success.
             raise ValueError(f"the response was refused: {head.fault}")
 
-    def settle(self) -> None:
-        """End the transaction as the response wants it: COMMIT or ROLLBACK."""
+    def settle(self, *, whole: bool) -> None:
+        """End the transaction as the response wants it: COMMIT or ROLLBACK.
+
+        :param whole: that no code of the application runs any more.
+        """
         try:
             wanted = self.wants_commit()
         except BaseException as error:
             self.roll_back(error)
             raise
         if not wanted:
-            self.roll_back(None)
+            self.roll_back(None, removing=whole)
             return
         self.settled = True
         if self.unit.lost:
@@ -493,12 +496,12 @@ class _Attempt:
             log.exception("%s: the commit failed", self)
             raise
 
-    def roll_back(self, error: BaseException | None) -> None:
+    def roll_back(self, error: BaseException | None, *, removing: bool = False) -> None:
         """End the transaction because of *error*, of the status, or of a client that left."""
         if not self.settled:
             self.settled = True
             self.error = error
-            self.unit.rollback(error)
+            self.unit.rollback(error, removing=removing)
 
     def wants_commit(self) -> bool:
         head = self.head
@@ -642,7 +645,7 @@ class _Body:
             self.warn_if_long()
             if chunk is _END:
                 self.exhausted = True
-                attempt.settle()
+                attempt.settle(whole=False)
         if attempt.head_sent:
             attempt.report()
         if attempt.written:
@@ -687,60 +690,54 @@ class _Place:
     is what it finds again the next time.
     """
 
-    thread: int | None = None
     displaced: Session | None = None
     outer: _Place | None = None
     inner: tuple[Any, ...] = ()
 
     def __init__(self, registry: Registry, reader: Engine | None, joinable: bool) -> None:
         self.registry = registry
-        self.session: Session = registry.session_factory()
-        if reader is not None and not isinstance(self.session.bind, Connection):
-            self.session.bind = reader
-        self.session.__dict__[_MARK] = self
+        self.session = self.shown = session = _new_session(registry)
+        if reader is not None and not isinstance(session.bind, Connection):
+            session.bind = reader
+        setattr(session, _MARK, self)
         self.joinable = joinable
-        self.shown = self.session
 
     def __enter__(self) -> None:
-        self.displaced = _peek(self.registry)
-        if self.displaced is not None:
-            self.outer = _unit_of(self.displaced)
-        self.registry.registry.set(self.shown)
-        self.thread = get_ident()
-        for place in self.inner:
-            place.thread = self.thread
+        registry = self.registry
+        found = _peek(registry)
+        if found is not None:
+            self.displaced, self.outer = found, _unit_of(found)
+        registry.registry.set(self.shown)
         _running.places += (self, *self.inner)
 
     def __exit__(self, *exc_info: object) -> None:
-        here, found, places = self.is_here(), _peek(self.registry), _running.places
+        registry, places = self.registry, _running.places
+        # Joinable ones are entered and left by our own code, in one call.
+        here, found = self.joinable or self.is_here(places), _peek(registry)
         if self in places:
             # A scope that is still open inside is suspended, and resumed, with us.
             at = places.index(self)
             _running.places, self.inner = places[:at], places[at + 1 :]
-        self.thread = None
-        for place in self.inner:
-            place.thread = None
         if here or found is self.session:
             self.shown = self.session if found is None else found
-            _put(self.registry, self.displaced if here else None)
+            _put(registry, self.displaced if here else None)
         self.displaced = self.outer = None
 
-    def is_here(self) -> bool:
+    def is_here(self, places: tuple[Any, ...]) -> bool:
         """False when the garbage collector closes a scope where others are at work."""
-        if self.joinable:
-            return True  # entered and left by our own code, in one call
-        places = _running.places
         return self in places and (self.outer is None or self.outer in places)
 
     def serves_this_thread(self) -> bool:
-        return self.joinable and self.thread == get_ident()
+        return self.joinable and self in _running.places
 
     def leave(self) -> None:
         """Give the place up, and close a session that has taken it."""
-        taken_by, self.shown = self.shown, self.session
-        if taken_by is not self.session and _unit_of(taken_by) is None:
-            _close_quietly(taken_by)
-        self.session.__dict__.pop(_MARK, None)
+        taken_by, session = self.shown, self.session
+        if taken_by is not session:
+            self.shown = session
+            if _unit_of(taken_by) is None:
+                _close_quietly(taken_by)
+        setattr(session, _MARK, None)
 
 
 class _Callbacks:
@@ -785,26 +782,25 @@ class _UnitOfWork(_Place):
     for the listeners further down, through which SQLAlchemy tells what happens.
     """
 
-    begun = wrote = False
+    begun = wrote = ending = False
     fate: Literal["commit", "rollback", "unknown"] = "rollback"
     commit_is: Literal["not sent", "sent", "done"] = "not sent"
     durable: Literal["nothing", "perhaps", "something"] = "nothing"
     since = 0.0
     evidence: _Evidence | None = None
+    callbacks: _Callbacks | None = None
+    explicit: Collection[Connection] = ()
 
     def __init__(
         self,
         registry: Registry,
-        *,
         reader: Engine | None = None,
-        joinable: bool = False,
         confirm: bool = False,
+        joinable: bool = True,
     ) -> None:
         super().__init__(registry, reader, joinable)
-        self.callbacks = _Callbacks(registry)
         self.confirm = confirm
         self.connections: dict[Connection, Transaction | None] = {}
-        self.explicit: set[Connection] = set()
         self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
         self.lost: dict[SessionTransaction, str] = {}
 
@@ -828,7 +824,7 @@ class _UnitOfWork(_Place):
                 if not self.took_effect(error):
                     raise
             self.fate = "commit"
-        if self.callbacks.waiting:
+        if self.callbacks is not None and self.callbacks.waiting:
             self.durable = "something"  # what they do is not done twice
             self.callbacks.run()
 
@@ -876,8 +872,8 @@ class _UnitOfWork(_Place):
 
     def check_last(self) -> None:
         """Have the check before COMMIT see what the user's own hooks before COMMIT do."""
-        hook = self.session, "before_commit", _before_commit
         if len(self.session.dispatch.before_commit) > 1:
+            hook = self.session, "before_commit", _before_commit
             if event.contains(*hook):
                 event.remove(*hook)
             event.listen(*hook)
@@ -904,12 +900,18 @@ class _UnitOfWork(_Place):
     def check(self) -> None:
         """Refuse to commit a transaction that the database has already given up."""
         for connection, own in self.connections.items():
-            error, undone = self.errors.get(connection.get_transaction(), (None, False))
-            gone = connection.invalidated or undone or _is_aborted(connection, error)
-            if gone or (connection in self.explicit and not _driver(connection).in_transaction):
+            error, undone = self.errors.get(connection.get_transaction(), _NO_ERROR)
+            if undone or connection.invalidated or self.has_ended(connection, error):
                 raise _doomed("an error of the database was swallowed") from (
-                    error or self.errors.get(own, (None,))[0]
+                    error or self.errors.get(own, _NO_ERROR)[0]
                 )
+
+    def has_ended(self, connection: Connection, error: BaseException | None) -> bool:
+        """Tell whether the driver, or the database, knows of no transaction to commit."""
+        driver = _driver(connection)
+        if connection in self.explicit and not driver.in_transaction:
+            return True
+        return _is_aborted(connection, driver, error)
 
     def before_commit(self) -> None:
         """Flush and check, so that what fails afterwards is COMMIT itself."""
@@ -917,20 +919,24 @@ class _UnitOfWork(_Place):
             self.check()
             self.session.flush()
         self.check()
-        self.evidence = _evidence(self.connections) if self.confirm else None
+        if self.confirm:
+            self.evidence = _evidence(self.connections)
         self.commit_is = "sent"
 
     def loss(self) -> str:
         return next(iter(self.lost.values()))
 
-    def rollback(self, error: BaseException | None = None) -> None:
+    def rollback(self, error: BaseException | None = None, *, removing: bool = False) -> None:
         """Undo the work because of *error*.
 
         A failure to do so is logged, and the connections are discarded.
+
+        :param removing: that nothing can look at the session before it is removed.
         """
         session = self.session
         if not session.in_transaction():
             return
+        self.ending = True
         try:
             if self.commit_is == "done":  # COMMIT returned, and a hook after it raised
                 session.close()
@@ -939,6 +945,8 @@ class _UnitOfWork(_Place):
                 self.fate = "rollback"
             if self.is_in_doubt(error):
                 self.resolve(error)
+            elif removing and not _tells_of_rollback(session):
+                session.close()  # rolls back too, and does not reset each object first
             else:
                 session.rollback()
         except Exception:
@@ -966,10 +974,12 @@ class _UnitOfWork(_Place):
 
     def close(self) -> None:
         """Let go of the session, whatever became of its work."""
+        session = self.session
         self.errors.clear()
+        self.ending = True
         try:
-            # close() of a session that was never used is not free.
-            if (self.begun or self.session.in_transaction()) and not _close_quietly(self.session):
+            used = self.begun or session.in_transaction()
+            if used and not _is_spent(session) and not _close_quietly(session):
                 self.discard_connections()
         finally:
             self.leave()
@@ -994,14 +1004,14 @@ class _UnitOfWork(_Place):
             connection.get_nested_transaction() or connection.get_transaction()
         )
         if getattr(_driver(connection), "in_transaction", False):
-            self.explicit.add(connection)  # SQLite, and BEGIN was sent already
-        connection.__dict__.setdefault(_MARK, []).append(self)
+            self.explicit = (*self.explicit, connection)  # SQLite, and BEGIN was sent already
+        setattr(connection, _MARK, (*getattr(connection, _MARK, ()), self))
         _watch_errors(connection)
 
     def failed(self, context: ExceptionContext, connection: Connection) -> None:
         error = context.sqlalchemy_exception or context.original_exception
         transaction = connection.get_transaction() if connection in self.connections else None
-        _, known = self.errors.get(transaction, (None, False))
+        _, known = self.errors.get(transaction, _NO_ERROR)
         # 25P02 only repeats that an earlier error aborted the transaction.
         if not known and _code(error) != "25P02":
             undone = transaction is not None and _undoes_transaction(connection, error)
@@ -1029,17 +1039,22 @@ class _UnitOfWork(_Place):
     def ended(self, transaction: SessionTransaction) -> None:
         """A transaction of the session is over: committed, rolled back or closed."""
         for connection in self.connections:
-            connection.__dict__[_MARK].remove(self)
+            others = [unit for unit in getattr(connection, _MARK) if unit is not self]
+            setattr(connection, _MARK, others)
         self.connections.clear()
-        self.explicit.clear()
+        self.explicit = ()
         self.evidence = None
         done, self.commit_is = self.commit_is == "done", "not sent"
+        callbacks = self.callbacks
         if done:
             self.wrote = self.wrote and bool(self.lost)
-            self.callbacks.run()
+            if callbacks is not None:
+                callbacks.run()
         else:
-            self.callbacks.clear()
-            self.lost[transaction] = _removed(_caller())
+            if callbacks is not None:
+                callbacks.clear()
+            if not self.ending:
+                self.lost[transaction] = _removed(_caller())
 
 
 @dataclass(frozen=True, slots=True)
@@ -1108,6 +1123,8 @@ def _evidence(connections: Collection[Connection]) -> _Evidence | None:
 
 # Sessions and registries.
 
+_NO_ERROR: tuple[None, bool] = (None, False)
+
 _MARK = "_sessionscope"
 """The attribute of a session that names its unit, of a connection its units, and of a
 dialect that its errors are watched."""
@@ -1118,8 +1135,15 @@ _REPLACED = (
 )
 
 
+def _new_session(registry: Registry) -> Session:
+    factory: Any = registry.session_factory
+    # A call of the sessionmaker would copy its settings first.
+    made = factory.class_(**factory.kw) if type(factory) is sessionmaker else factory()
+    return made  # type: ignore[no-any-return]
+
+
 def _unit_of(session: Session | None) -> _UnitOfWork | None:
-    unit = None if session is None else session.__dict__.get(_MARK)
+    unit = getattr(session, _MARK, None)
     # Another copy of this module, imported by another name, answers for its own.
     return unit if isinstance(unit, _UnitOfWork) and unit.session is session else None
 
@@ -1165,6 +1189,32 @@ def _close_quietly(session: Session) -> bool:
         log.exception("a session could not be closed")
         return False
     return True
+
+
+_RESETS = Session()._close_state
+"""That a session can be used again after ``close()``, as it can by default."""
+
+
+def _is_spent(session: Session) -> bool:
+    """Tell whether ``close()`` would do nothing, which it does at length."""
+    return (
+        type(session).close is Session.close
+        and session._close_state is _RESETS
+        and not session.in_transaction()
+        and not session.identity_map
+        and session._is_clean()
+    )
+
+
+def _tells_of_rollback(session: Session) -> bool:
+    """Tell whether ``rollback()`` is more to somebody than ``close()``."""
+    dispatch = session.dispatch
+    ours = 1  # _after_soft_rollback
+    return (
+        type(session).close is not Session.close
+        or len(dispatch.after_rollback) > 0
+        or len(dispatch.after_soft_rollback) > ours
+    )
 
 
 def _within(savepoint: SessionTransaction | None, outer: SessionTransaction) -> bool:
@@ -1222,7 +1272,7 @@ def _handle_error(context: ExceptionContext) -> None:
     if _code(context.original_exception) in _NODE_LOST:
         context.is_disconnect = True  # SQLAlchemy does not count it as one (Galera)
         context.invalidate_pool_on_disconnect = False
-    marked = connection.__dict__.get(_MARK, ())
+    marked = getattr(connection, _MARK, ())
     owners = [unit for unit in marked if connection in unit.connections]
     # A connection whose BEGIN fails belongs to no unit yet, so those that run are told.
     for unit in owners or _running.places:
@@ -1240,10 +1290,14 @@ def _answerable(session: Session) -> _UnitOfWork | None:
 
 @event.listens_for(Session, "after_transaction_create", insert=True)
 def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
-    if _running.places and transaction.parent is None:
+    if transaction.parent is None and _running.places:
         unit = _answerable(session)
-        if unit is not None and unit.session is not session:
+        if unit is None:
+            return
+        if unit.session is not session:
             unit.lost[transaction] = _REPLACED
+        elif session.bind is not None:
+            _watch_errors(session.bind)  # the very first BEGIN may be refused
 
 
 @event.listens_for(Session, "after_begin", insert=True)
@@ -1265,7 +1319,7 @@ def _after_commit(session: Session) -> None:
     unit = _unit_of(session)
     savepoint = session.get_nested_transaction()
     if savepoint is not None:
-        if unit is not None:
+        if unit is not None and unit.callbacks is not None:
             unit.callbacks.release(savepoint)
         return
     if unit is None:
@@ -1282,7 +1336,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     if unit is not None:
         if transaction.parent is None:
             unit.ended(transaction)
-        elif transaction.nested:
+        elif transaction.nested and unit.callbacks is not None:
             unit.callbacks.drop(transaction)
 
 
@@ -1337,7 +1391,7 @@ def _fault(status: str, headers: Headers) -> str | None:
     """Say what a server would refuse in a head only when it gets it (PEP 3333, "Unicode
     Issues"; RFC 9110, 5.5), or None."""
     try:
-        head = "".join([status, *chain.from_iterable(headers)])
+        head = status + "".join(map("".join, headers))
     except TypeError:
         return "status and headers must be native strings"
     if head.isascii() and head.isprintable():
@@ -1516,9 +1570,9 @@ def _begin_again(connection: Connection) -> None:
         driver.execute("BEGIN")
 
 
-def _is_aborted(connection: Connection, error: BaseException | None) -> bool:
+def _is_aborted(connection: Connection, driver: Any, error: BaseException | None) -> bool:
     """Tell whether COMMIT would be answered with a silent ROLLBACK, as PostgreSQL does."""
-    info = getattr(_driver(connection), "info", None)
+    info = getattr(driver, "info", None)
     status = getattr(info, "transaction_status", None)
     if status is not None:
         return bool(status == 3)  # INERROR: libpq's PQTRANS_INERROR
