@@ -48,7 +48,7 @@ import random
 import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -334,7 +334,9 @@ class _Attempt:
         self.written: list[bytes] = []
         reader = middleware.reader if method in SAFE_METHODS else None
         self.unit = unit = _UnitOfWork(middleware.registry, reader, middleware.confirm)
-        environ[SESSION_KEY] = unit.session
+        environ[SESSION_KEY] = session = unit.session
+        if middleware.attempts > 1 and session.bind is not None:
+            _watch_errors(session.bind)  # its very first BEGIN may be refused
 
     def __str__(self) -> str:
         return f"{self.method} {self.path()}"
@@ -392,20 +394,23 @@ class _Attempt:
             log.exception("close() failed")
 
     def call_app(self) -> Any:
-        with self.unit:
-            try:
-                body: Any = self.middleware.app(self.environ, self.start_response)
-                self.iterable = body
-                if self.written and type(body) in (list, tuple):
-                    body = [self.take_written(), *body]
-                whole = type(body) is list or _is_whole(body, self.environ)
-                if self.written or not whole:
-                    return _Body(self, iter(body))
-            except BaseException as error:
-                self.roll_back(error)
-                raise
+        unit = self.unit
+        unit.enter()
+        try:
+            body: Any = self.middleware.app(self.environ, self.start_response)
+            self.iterable = body
+            if self.written and type(body) in (list, tuple):
+                body = [self.take_written(), *body]
+            whole = type(body) is list or _is_whole(body, self.environ)
+            if self.written or not whole:
+                return _Body(self, iter(body))
             self.settle(whole=True)
             return body
+        except BaseException as error:
+            self.roll_back(error)
+            raise
+        finally:
+            unit.exit()
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the application's iterable, once, and let go of the session.
@@ -467,7 +472,7 @@ class _Attempt:
             return  # the server says itself what it thinks of a body without a head
         self.head_sent = True
         head.send(self.server_start_response)
-        if head.fault and commit_on_success(self.environ, head.status, head.seen):
+        if head.fault and commit_on_success(self.environ, head.status, head.headers):
             # The work was rolled back because no server should send this head.
             # One that would all the same must not answer success.
             raise ValueError(f"the response was refused: {head.fault}")
@@ -507,7 +512,7 @@ class _Attempt:
         head = self.head
         if head is None or head.fault:
             return False
-        return bool(self.middleware.commit_when(self.environ, head.status, list(head.seen)))
+        return bool(self.middleware.commit_when(self.environ, head.status, list(head.headers)))
 
     def excuse_reads(self) -> None:
         """Only warn of a session that a safe method threw away when it had but read."""
@@ -518,12 +523,12 @@ class _Attempt:
 
     def report(self) -> None:
         """Tell the log and the observer, once, what became of the request."""
-        if self.reported or not self.settled:
-            return
-        self.reported = True
         observer = self.middleware.observer
         if observer is None and not log.isEnabledFor(logging.DEBUG):
             return
+        if self.reported or not self.settled:
+            return
+        self.reported = True
         outcome = Outcome(
             method=self.method,
             path=self.path(),
@@ -548,18 +553,16 @@ class _Head:
 
     def __init__(self, method: str, status: str, headers: Headers, exc_info: Any) -> None:
         self.method = method
-        # The application may change its list afterwards, and the server the one that it
-        # gets, so each has its own and we read a third.
-        self.seen = list(headers)
         self.status = status
-        self.headers: Any = headers if isinstance(headers, (tuple, dict)) else list(self.seen)
+        # The application may change its list afterwards, and the server the one that it gets.
+        self.headers: Any = headers if isinstance(headers, (tuple, dict)) else list(headers)
         self.exc_info = exc_info
-        self.fault = _fault(status, self.seen)
+        self.fault = _fault(status, self.headers)
 
     @cached_property
     def length(self) -> int | None:
         """After how many bytes the response is complete; None where only its end tells."""
-        return None if self.fault else _body_length(self.method, self.status, self.seen)
+        return None if self.fault else _body_length(self.method, self.status, self.headers)
 
     def send(self, start_response: StartResponse) -> None:
         if self.exc_info is None:
@@ -690,40 +693,54 @@ class _Place:
     is what it finds again the next time.
     """
 
-    displaced: Session | None = None
-    outer: _Place | None = None
-    inner: tuple[Any, ...] = ()
+    registry: Registry
+    session: Session
+    shown: Session
+    joinable: bool
+    displaced: Session | None
+    outer: _Place | None
+    inner: Sequence[_Place]
 
-    def __init__(self, registry: Registry, reader: Engine | None, joinable: bool) -> None:
-        self.registry = registry
-        self.session = self.shown = session = _new_session(registry)
-        if reader is not None and not isinstance(session.bind, Connection):
-            session.bind = reader
-        setattr(session, _MARK, self)
-        self.joinable = joinable
+    def enter(self) -> None:
+        sessions, scope = _slot(self.registry)
+        if scope in sessions:
+            self.displaced = sessions[scope]
+            self.outer = _unit_of(self.displaced)
+        sessions[scope] = self.shown
+        places = _running.places
+        places.append(self)
+        if self.inner:
+            places.extend(self.inner)
+            self.inner = ()
 
-    def __enter__(self) -> None:
-        registry = self.registry
-        found = _peek(registry)
-        if found is not None:
-            self.displaced, self.outer = found, _unit_of(found)
-        registry.registry.set(self.shown)
-        _running.places += (self, *self.inner)
-
-    def __exit__(self, *exc_info: object) -> None:
-        registry, places = self.registry, _running.places
+    def exit(self) -> None:
+        places = _running.places
         # Joinable ones are entered and left by our own code, in one call.
-        here, found = self.joinable or self.is_here(places), _peek(registry)
-        if self in places:
+        here = self.joinable or self.is_here(places)
+        if places and places[-1] is self:
+            places.pop()
+        elif self in places:
             # A scope that is still open inside is suspended, and resumed, with us.
             at = places.index(self)
-            _running.places, self.inner = places[:at], places[at + 1 :]
+            self.inner = places[at + 1 :]
+            del places[at:]
+        sessions, scope = _slot(self.registry)
+        found = sessions.get(scope)
         if here or found is self.session:
             self.shown = self.session if found is None else found
-            _put(registry, self.displaced if here else None)
+            if here and self.displaced is not None:
+                sessions[scope] = self.displaced
+            else:
+                sessions.pop(scope, None)
         self.displaced = self.outer = None
 
-    def is_here(self, places: tuple[Any, ...]) -> bool:
+    def __enter__(self) -> None:
+        self.enter()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.exit()
+
+    def is_here(self, places: Sequence[_Place]) -> bool:
         """False when the garbage collector closes a scope where others are at work."""
         return self in places and (self.outer is None or self.outer in places)
 
@@ -782,15 +799,6 @@ class _UnitOfWork(_Place):
     for the listeners further down, through which SQLAlchemy tells what happens.
     """
 
-    begun = wrote = ending = False
-    fate: Literal["commit", "rollback", "unknown"] = "rollback"
-    commit_is: Literal["not sent", "sent", "done"] = "not sent"
-    durable: Literal["nothing", "perhaps", "something"] = "nothing"
-    since = 0.0
-    evidence: _Evidence | None = None
-    callbacks: _Callbacks | None = None
-    explicit: Collection[Connection] = ()
-
     def __init__(
         self,
         registry: Registry,
@@ -798,11 +806,28 @@ class _UnitOfWork(_Place):
         confirm: bool = False,
         joinable: bool = True,
     ) -> None:
-        super().__init__(registry, reader, joinable)
+        self.registry = registry
+        self.session = self.shown = session = _new_session(registry)
+        if reader is not None and not isinstance(session.bind, Connection):
+            session.bind = reader
+        setattr(session, _MARK, self)
+        self.joinable = joinable
         self.confirm = confirm
+        self.displaced = self.outer = None
+        self.inner = ()
+        # All are made here, though few requests need them: where attributes come later,
+        # CPython gives an instance a dict of its own.
+        self.begun = self.wrote = self.ending = False
+        self.fate: Literal["commit", "rollback", "unknown"] = "rollback"
+        self.commit_is: Literal["not sent", "sent", "done"] = "not sent"
+        self.durable: Literal["nothing", "perhaps", "something"] = "nothing"
+        self.since = 0.0
+        self.evidence: _Evidence | None = None
+        self.callbacks: _Callbacks | None = None
         self.connections: dict[Connection, Transaction | None] = {}
+        self.explicit: dict[Connection, Any] = {}
         self.errors: dict[Transaction | None, tuple[BaseException, bool]] = {}
-        self.lost: dict[SessionTransaction, str] = {}
+        self.lost: dict[SessionTransaction | None, str] = {}
 
     def seconds_open(self) -> float:
         """How long the session has kept its transaction open."""
@@ -908,10 +933,8 @@ class _UnitOfWork(_Place):
 
     def has_ended(self, connection: Connection, error: BaseException | None) -> bool:
         """Tell whether the driver, or the database, knows of no transaction to commit."""
-        driver = _driver(connection)
-        if connection in self.explicit and not driver.in_transaction:
-            return True
-        return _is_aborted(connection, driver, error)
+        driver = self.explicit.get(connection)
+        return _is_aborted(connection, error) if driver is None else not driver.in_transaction
 
     def before_commit(self) -> None:
         """Flush and check, so that what fails afterwards is COMMIT itself."""
@@ -975,13 +998,13 @@ class _UnitOfWork(_Place):
     def close(self) -> None:
         """Let go of the session, whatever became of its work."""
         session = self.session
-        self.errors.clear()
-        self.ending = True
         try:
-            used = self.begun or session.in_transaction()
-            if used and not _is_spent(session) and not _close_quietly(session):
-                self.discard_connections()
+            if session.in_transaction() or (self.begun and not _is_spent(session)):
+                self.ending = True
+                if not _close_quietly(session):
+                    self.discard_connections()
         finally:
+            self.errors.clear()
             self.leave()
 
     def discard_connections(self) -> None:
@@ -1003,10 +1026,15 @@ class _UnitOfWork(_Place):
         self.connections[connection] = (
             connection.get_nested_transaction() or connection.get_transaction()
         )
-        if getattr(_driver(connection), "in_transaction", False):
-            self.explicit = (*self.explicit, connection)  # SQLite, and BEGIN was sent already
-        setattr(connection, _MARK, (*getattr(connection, _MARK, ()), self))
-        _watch_errors(connection)
+        driver = _driver(connection)
+        if getattr(driver, "in_transaction", False):
+            self.explicit[connection] = driver  # SQLite, and BEGIN was sent already
+        units = getattr(connection, _MARK, None)
+        if units is None:
+            setattr(connection, _MARK, [self])
+            _watch_errors(connection)
+        else:
+            units.append(self)
 
     def failed(self, context: ExceptionContext, connection: Connection) -> None:
         error = context.sqlalchemy_exception or context.original_exception
@@ -1039,10 +1067,9 @@ class _UnitOfWork(_Place):
     def ended(self, transaction: SessionTransaction) -> None:
         """A transaction of the session is over: committed, rolled back or closed."""
         for connection in self.connections:
-            others = [unit for unit in getattr(connection, _MARK) if unit is not self]
-            setattr(connection, _MARK, others)
+            getattr(connection, _MARK).remove(self)
         self.connections.clear()
-        self.explicit = ()
+        self.explicit.clear()
         self.evidence = None
         done, self.commit_is = self.commit_is == "done", "not sent"
         callbacks = self.callbacks
@@ -1145,25 +1172,29 @@ def _new_session(registry: Registry) -> Session:
 def _unit_of(session: Session | None) -> _UnitOfWork | None:
     unit = getattr(session, _MARK, None)
     # Another copy of this module, imported by another name, answers for its own.
-    return unit if isinstance(unit, _UnitOfWork) and unit.session is session else None
+    return unit if type(unit) is _UnitOfWork and unit.session is session else None
+
+
+def _slot(registry: Registry) -> tuple[dict[Any, Any], Any]:
+    """Where the registry keeps the session of the present scope: a dict, and the key in it."""
+    scope: Any = registry.registry
+    if type(scope) is ThreadLocalRegistry:
+        return scope.registry.__dict__, "value"
+    return scope.registry, scope.scopefunc()
 
 
 def _peek(registry: Registry) -> Session | None:
     """The session in the registry; unlike ``registry()`` it makes none."""
-    scope = registry.registry
-    found: Session | None
-    if isinstance(scope, ThreadLocalRegistry):
-        found = scope.registry.__dict__.get("value")  # has() would raise and catch an exception
-    else:
-        found = scope() if scope.has() else None
-    return found
+    sessions, scope = _slot(registry)
+    return sessions.get(scope)
 
 
 def _put(registry: Registry, session: Session | None) -> None:
+    sessions, scope = _slot(registry)
     if session is None:
-        registry.registry.clear()
+        sessions.pop(scope, None)
     else:
-        registry.registry.set(session)
+        sessions[scope] = session
 
 
 @contextmanager
@@ -1171,7 +1202,7 @@ def _vacated(registry: Registry) -> Iterator[None]:
     """Empty the registry for code that is not the request's, and clean up after it."""
     inside, places = _peek(registry), _running.places
     _put(registry, None)
-    _running.places = ()
+    _running.places = []
     try:
         yield
     finally:
@@ -1196,13 +1227,11 @@ _RESETS = Session()._close_state
 
 
 def _is_spent(session: Session) -> bool:
-    """Tell whether ``close()`` would do nothing, which it does at length."""
+    """Tell whether ``close()``, after a transaction, would do nothing; that takes it long."""
     return (
-        type(session).close is Session.close
+        not session.identity_map
+        and type(session).close is Session.close
         and session._close_state is _RESETS
-        and not session.in_transaction()
-        and not session.identity_map
-        and session._is_clean()
     )
 
 
@@ -1251,7 +1280,8 @@ def _removed(place: str) -> str:
 class _Running(local):
     """The units of work whose code runs in this thread."""
 
-    places: tuple[Any, ...] = ()
+    def __init__(self) -> None:
+        self.places: list[Any] = []
 
 
 _running = _Running()
@@ -1259,10 +1289,10 @@ _watching = Lock()
 
 
 def _watch_errors(bind: Engine | Connection) -> None:
-    if _MARK not in bind.dialect.__dict__:
+    if not hasattr(bind.dialect, _MARK):
         with _watching:
             event.listen(bind.engine, "handle_error", _handle_error)
-            bind.dialect.__dict__[_MARK] = True
+            setattr(bind.dialect, _MARK, True)
 
 
 def _handle_error(context: ExceptionContext) -> None:
@@ -1290,14 +1320,10 @@ def _answerable(session: Session) -> _UnitOfWork | None:
 
 @event.listens_for(Session, "after_transaction_create", insert=True)
 def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
-    if transaction.parent is None and _running.places:
+    if _unit_of(session) is None and transaction.parent is None:
         unit = _answerable(session)
-        if unit is None:
-            return
-        if unit.session is not session:
+        if unit is not None:
             unit.lost[transaction] = _REPLACED
-        elif session.bind is not None:
-            _watch_errors(session.bind)  # the very first BEGIN may be refused
 
 
 @event.listens_for(Session, "after_begin", insert=True)
@@ -1362,7 +1388,7 @@ def _transient_to_pending(session: Session, instance: object) -> None:
 def _forgive(session: Session, transaction: SessionTransaction | None) -> None:
     """Take back that a transaction's work is lost: it was committed, or rolled back."""
     own = _unit_of(session)
-    for unit in _running.places if own is None else (own,):
+    for unit in _running.places if own is None else [own]:
         unit.lost.pop(transaction, None)
 
 
@@ -1390,10 +1416,12 @@ _CONTROL = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 def _fault(status: str, headers: Headers) -> str | None:
     """Say what a server would refuse in a head only when it gets it (PEP 3333, "Unicode
     Issues"; RFC 9110, 5.5), or None."""
+    head = status
     try:
-        head = status + "".join(map("".join, headers))
-    except TypeError:
-        return "status and headers must be native strings"
+        for name, value in headers:
+            head += name + value
+    except (TypeError, ValueError):
+        return "status must be a native string, and headers pairs of them"
     if head.isascii() and head.isprintable():
         return None
     found = _CONTROL.search(head)
@@ -1570,9 +1598,9 @@ def _begin_again(connection: Connection) -> None:
         driver.execute("BEGIN")
 
 
-def _is_aborted(connection: Connection, driver: Any, error: BaseException | None) -> bool:
+def _is_aborted(connection: Connection, error: BaseException | None) -> bool:
     """Tell whether COMMIT would be answered with a silent ROLLBACK, as PostgreSQL does."""
-    info = getattr(driver, "info", None)
+    info = getattr(_driver(connection), "info", None)
     status = getattr(info, "transaction_status", None)
     if status is not None:
         return bool(status == 3)  # INERROR: libpq's PQTRANS_INERROR
