@@ -58,7 +58,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, event, select, text
+from sqlalchemy import Connection, Engine, RootTransaction, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
@@ -854,13 +854,44 @@ class _UnitOfWork(_Place):
             self.callbacks.run()
 
     def send_commit(self) -> None:
-        if not self.session.is_active:
+        session = self.session
+        transaction = session.get_transaction()
+        if transaction is None or not session.is_active:
             raise _doomed("a flush or a COMMIT failed") from self.first_error()
+        if not _hears_commit(session):
+            self.before_commit()
+            sole = self.sole_transaction(transaction)
+            if sole is not None:
+                sole.commit()
+                self.committed()
+                transaction.close()
+                return
         self.check_last()
-        self.session.expire_on_commit = False  # it is closed next, and nothing read again
-        self.session.commit()
+        session.expire_on_commit = False  # it is closed next, and nothing read again
+        session.commit()
         if self.commit_is != "done" and self.fate != "commit":
             raise TransactionDoomed("Session.commit() returned, but nothing was committed")
+
+    def sole_transaction(self, transaction: SessionTransaction) -> Transaction | None:
+        """The transaction to commit where ``Session.commit()`` would do that and no more.
+
+        It takes its time to find out: three times as long as the rest of COMMIT.
+        """
+        if len(self.connections) != 1 or not self.session._is_clean():
+            return None
+        ((connection, own),) = self.connections.items()
+        plain = (
+            type(own) is RootTransaction
+            and own is connection.get_transaction()
+            and not connection.in_nested_transaction()
+            and transaction._connections[connection][2]  # not joined from outside
+        )
+        return own if plain else None
+
+    def committed(self) -> None:
+        self.commit_is, self.durable, self.fate = "done", "something", "commit"
+        for outer in _running.places:
+            outer.durable = "something"
 
     def took_effect(self, error: BaseException) -> bool:
         """Tell whether a COMMIT that failed with *error* was done all the same.
@@ -957,7 +988,8 @@ class _UnitOfWork(_Place):
         :param removing: that nothing can look at the session before it is removed.
         """
         session = self.session
-        if not session.in_transaction():
+        transaction = session.get_transaction()
+        if transaction is None:
             return
         self.ending = True
         try:
@@ -968,8 +1000,8 @@ class _UnitOfWork(_Place):
                 self.fate = "rollback"
             if self.is_in_doubt(error):
                 self.resolve(error)
-            elif removing and not _tells_of_rollback(session):
-                session.close()  # rolls back too, and does not reset each object first
+            elif removing and not session.in_nested_transaction() and not _hears_rollback(session):
+                transaction.close()  # rolls back too, and does not reset each object first
             else:
                 session.rollback()
         except Exception:
@@ -1230,19 +1262,29 @@ def _is_spent(session: Session) -> bool:
     """Tell whether ``close()``, after a transaction, would do nothing; that takes it long."""
     return (
         not session.identity_map
+        and session._is_clean()
         and type(session).close is Session.close
         and session._close_state is _RESETS
     )
 
 
-def _tells_of_rollback(session: Session) -> bool:
-    """Tell whether ``rollback()`` is more to somebody than ``close()``."""
+def _hears_commit(session: Session) -> bool:
+    """Tell whether ``commit()`` is more to somebody than COMMIT; one listener is ours."""
     dispatch = session.dispatch
-    ours = 1  # _after_soft_rollback
     return (
-        type(session).close is not Session.close
+        type(session).commit is not Session.commit
+        or len(dispatch.before_commit) > 1
+        or len(dispatch.after_commit) > 1
+    )
+
+
+def _hears_rollback(session: Session) -> bool:
+    """Tell whether ``rollback()`` is more to somebody than ROLLBACK; one listener is ours."""
+    dispatch = session.dispatch
+    return (
+        type(session).rollback is not Session.rollback
         or len(dispatch.after_rollback) > 0
-        or len(dispatch.after_soft_rollback) > ours
+        or len(dispatch.after_soft_rollback) > 1
     )
 
 
@@ -1350,10 +1392,10 @@ def _after_commit(session: Session) -> None:
         return
     if unit is None:
         _forgive(session, session.get_transaction())
+        for outer in _running.places:
+            outer.durable = "something"
     else:
-        unit.commit_is, unit.durable, unit.fate = "done", "something", "commit"
-    for outer in _running.places:
-        outer.durable = "something"
+        unit.committed()
 
 
 @event.listens_for(Session, "after_transaction_end", insert=True)
@@ -1416,8 +1458,9 @@ _CONTROL = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 def _fault(status: str, headers: Headers) -> str | None:
     """Say what a server would refuse in a head only when it gets it (PEP 3333, "Unicode
     Issues"; RFC 9110, 5.5), or None."""
-    head = status
+    head = ""
     try:
+        head += status
         for name, value in headers:
             head += name + value
     except (TypeError, ValueError):
