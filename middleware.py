@@ -373,11 +373,11 @@ class _Attempt:
         A framework may have turned the database's error into a page, or the application
         swallowed it, so we ask what the unit of work has seen.
         """
+        if error is None and (self.head is None or str(self.head.status)[:1] != "5"):
+            return False
         if self.number == self.middleware.attempts or self.head_sent:
             return False
         if self.unit.durable != "nothing" or self.unit.fate != "rollback":
-            return False
-        if error is None and (self.head is None or str(self.head.status)[:1] != "5"):
             return False
         reason = self.unit.transient_reason(error)
         if reason is not None:
@@ -942,6 +942,8 @@ class _UnitOfWork(_Place):
         """
         if self.commit_is == "done" or self.fate == "unknown":
             return self.fate == "unknown"  # a hook after COMMIT raised; or it is known already
+        if error is None and not self.errors and self.commit_is == "not sent":
+            return False
         left = [
             own
             for connection, own in self.connections.items()
@@ -1171,8 +1173,8 @@ def _evidence(connections: Collection[Connection]) -> _Evidence | None:
     connection = next(iter(connections), None)
     if (
         connection is None
-        or len(connections) > 1
         or connection.dialect.name != "postgresql"
+        or len(connections) > 1
         or connection.in_nested_transaction()
         or connection._is_autocommit_isolation()
     ):
@@ -1513,13 +1515,16 @@ class _Replay:
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.environ = environ
-        stream: Any = environ.get("wsgi.input")
         self.position: int | None = None
-        with suppress(AttributeError, OSError):
-            self.position = stream.tell() if stream.seekable() else None
+        stream: Any = environ.get("wsgi.input")
+        try:
+            if stream.seekable():
+                self.position = stream.tell()
+        except (AttributeError, OSError):
+            pass
         if self.position is None and stream is not None:
             environ["wsgi.input"] = _Recorder(stream)
-        self.at_entry = dict(environ)
+        self.at_entry = environ.copy()
 
     def rewind(self) -> None:
         self.environ.clear()

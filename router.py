@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from hashlib import sha256
+from hashlib import blake2b
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from urllib.parse import parse_qsl
@@ -83,10 +83,9 @@ class Refusal(Exception):
     """The request cannot be answered as asked; *message* tells the client why."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, message)
         self.status = status
         self.message = message
-        self.headers = headers or {}
+        self.headers = headers
 
     def response(self) -> Response:
         """Make the response that says so."""
@@ -107,7 +106,9 @@ def as_json(
 ) -> Response:
     """Make the response that says *value*, with an entity tag if it is to be *tagged*."""
     body = json_bytes(value)
-    fields = {**JSON_HEADERS, "Content-Length": str(len(body)), **(headers or {})}
+    fields = {**JSON_HEADERS, "Content-Length": str(len(body))}
+    if headers:
+        fields.update(headers)
     if tagged:
         fields["ETag"] = etag_of(body)
     return Response(status, fields, [body])
@@ -115,7 +116,7 @@ def as_json(
 
 def etag_of(body: bytes) -> str:
     """Make a strong entity tag (RFC 9110, 8.8.3): equal for equal bytes, and only for them."""
-    return f'"{sha256(body).hexdigest()[:32]}"'
+    return f'"{blake2b(body, digest_size=16).hexdigest()}"'
 
 
 class JSONRequest(Request):
@@ -163,6 +164,8 @@ class JSONRequest(Request):
             unknown, repeated or wrong.
         """
         query = self.environ.get("QUERY_STRING", "")
+        if not query:
+            return kind()
         try:
             pairs = parse_qsl(query.encode("ascii").decode(), True, errors="strict")
         except UnicodeError:
@@ -341,18 +344,19 @@ class Router:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
-            response = self.dispatch(JSONRequest(environ))
+            response = self.dispatch(environ)
         except Refusal as refusal:
             response = refusal.response()
         return response.begin(start_response, environ["REQUEST_METHOD"])
 
-    def dispatch(self, request: JSONRequest) -> Response:
-        resource, numbers = self.match(request.environ)
-        method = request.environ["REQUEST_METHOD"]
+    def dispatch(self, environ: WSGIEnvironment) -> Response:
+        resource, numbers = self.match(environ)
+        method = environ["REQUEST_METHOD"]
         routes = resource.methods.get("GET" if method == "HEAD" else method)
         if routes is None:
             return resource.without_route(method)
-        refuse_other_sites(request.environ)
+        refuse_other_sites(environ)
+        request = JSONRequest(environ)
         try:
             route = choose(request, routes)
             response = conditional(request, route.answer(request, numbers, self.max_body))
