@@ -404,7 +404,7 @@ class _Attempt:
             whole = type(body) is list or _is_whole(body, self.environ)
             if self.written or not whole:
                 return _Body(self, iter(body))
-            self.settle(whole=True)
+            self.settle(True)
             return body
         except BaseException as error:
             self.roll_back(error)
@@ -477,7 +477,7 @@ class _Attempt:
             # One that would all the same must not answer success.
             raise ValueError(f"the response was refused: {head.fault}")
 
-    def settle(self, *, whole: bool) -> None:
+    def settle(self, whole: bool) -> None:
         """End the transaction as the response wants it: COMMIT or ROLLBACK.
 
         :param whole: that no code of the application runs any more.
@@ -488,7 +488,7 @@ class _Attempt:
             self.roll_back(error)
             raise
         if not wanted:
-            self.roll_back(None, removing=whole)
+            self.roll_back(None, whole)
             return
         self.settled = True
         if self.unit.lost:
@@ -501,12 +501,12 @@ class _Attempt:
             log.exception("%s: the commit failed", self)
             raise
 
-    def roll_back(self, error: BaseException | None, *, removing: bool = False) -> None:
+    def roll_back(self, error: BaseException | None, removing: bool = False) -> None:
         """End the transaction because of *error*, of the status, or of a client that left."""
         if not self.settled:
             self.settled = True
             self.error = error
-            self.unit.rollback(error, removing=removing)
+            self.unit.rollback(error, removing)
 
     def wants_commit(self) -> bool:
         head = self.head
@@ -648,7 +648,7 @@ class _Body:
             self.warn_if_long()
             if chunk is _END:
                 self.exhausted = True
-                attempt.settle(whole=False)
+                attempt.settle(False)
         if attempt.head_sent:
             attempt.report()
         if attempt.written:
@@ -982,7 +982,7 @@ class _UnitOfWork(_Place):
     def loss(self) -> str:
         return next(iter(self.lost.values()))
 
-    def rollback(self, error: BaseException | None = None, *, removing: bool = False) -> None:
+    def rollback(self, error: BaseException | None = None, removing: bool = False) -> None:
         """Undo the work because of *error*.
 
         A failure to do so is logged, and the connections are discarded.
@@ -1454,7 +1454,7 @@ def _caller() -> str:
 # Responses.
 
 _LENGTH = re.compile(r"[ \t]*0*([0-9]{1,19})[ \t]*")  # RFC 9110, 5.5: space around is no part
-_CONTROL = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+_CONTROL = bytes(byte == 127 or (byte < 32 and byte != 9) for byte in range(256))
 
 
 def _fault(status: str, headers: Headers) -> str | None:
@@ -1467,10 +1467,12 @@ def _fault(status: str, headers: Headers) -> str | None:
             head += name + value
     except (TypeError, ValueError):
         return "status must be a native string, and headers pairs of them"
-    if head.isascii() and head.isprintable():
-        return None
-    found = _CONTROL.search(head)
-    return f"it has {found[0]!r} in its status or headers" if found else None
+    try:
+        if 1 in head.encode("latin-1").translate(_CONTROL):
+            return "its status or headers have a control character"
+    except UnicodeEncodeError:
+        return "its status or headers are not Latin-1"
+    return None
 
 
 def _body_length(method: str, status: str, headers: Headers) -> int | None:

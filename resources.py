@@ -135,7 +135,7 @@ class Items:
 
     def show(self, request: JSONRequest, id: ItemId) -> ItemView:
         """Show an item."""
-        found = self.session.connection().execute(ONE, {"key": id}).one_or_none()
+        found = self.session.connection().execute(ONE, {"key": id}).first()
         if found is None:
             raise Refusal(404, "not found")
         return ItemView(*found)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from hashlib import blake2b
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -89,7 +90,13 @@ class Refusal(Exception):
 
     def response(self) -> Response:
         """Make the response that says so."""
-        return as_json(Error(self.message), self.status, self.headers)
+        return with_json(error_bytes(self.message), self.status, self.headers)
+
+
+@lru_cache(maxsize=64)
+def error_bytes(message: str) -> bytes:
+    """Write an `Error`; most refusals say what another has said before."""
+    return json_bytes(Error(message))
 
 
 def json_bytes(value: Any) -> bytes:
@@ -106,11 +113,17 @@ def as_json(
 ) -> Response:
     """Make the response that says *value*, with an entity tag if it is to be *tagged*."""
     body = json_bytes(value)
+    response = with_json(body, status, headers)
+    if tagged:
+        response.headers["ETag"] = etag_of(body)
+    return response
+
+
+def with_json(body: bytes, status: int, headers: Mapping[str, str] | None) -> Response:
+    """Make a response of JSON that is written already."""
     fields = {**JSON_HEADERS, "Content-Length": str(len(body))}
     if headers:
         fields.update(headers)
-    if tagged:
-        fields["ETag"] = etag_of(body)
     return Response(status, fields, [body])
 
 
@@ -374,10 +387,11 @@ class Router:
             numbers = resource.match(path)
             if numbers is not None:
                 return resource, numbers
-        try:
-            path.encode("latin-1").decode()  # PEP 3333, "Unicode Issues"
-        except UnicodeError:
-            raise Refusal(400, "the path is not percent-encoded UTF-8") from None
+        if not path.isascii():
+            try:
+                path.encode("latin-1").decode()  # PEP 3333, "Unicode Issues"
+            except UnicodeError:
+                raise Refusal(400, "the path is not percent-encoded UTF-8") from None
         raise Refusal(404, "not found")
 
 
