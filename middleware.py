@@ -58,7 +58,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, RootTransaction, event, select, text
+from sqlalchemy import Connection, Engine, RootTransaction, String, column, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
@@ -1164,7 +1164,10 @@ _HISTORY = """
     CAST((pg_control_checkpoint()).checkpoint_lsn AS text),
     CASE WHEN NOT pg_is_in_recovery()
          THEN left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END"""
-_EVIDENCE = text(f"SELECT CAST(pg_current_xact_id_if_assigned() AS text), {_HISTORY}")
+# Columns that are named need not be looked up in each answer.
+_EVIDENCE = text(f"SELECT CAST(pg_current_xact_id_if_assigned() AS text), {_HISTORY}").columns(
+    column("xact_id", String), column("checkpoint", String), column("timeline", String)
+)
 _STATUS = text(f"SELECT pg_xact_status(CAST(:id AS xid8)), {_HISTORY}")
 
 
