@@ -58,7 +58,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, RootTransaction, String, column, event, select, text
+from sqlalchemy import Connection, Engine, String, column, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
@@ -842,6 +842,7 @@ class _UnitOfWork(_Place):
         if self.lost:
             raise TransactionDoomed(self.loss())
         if self.session.in_transaction():
+            self.ending = True
             self.fate = "rollback"
             try:
                 self.send_commit()
@@ -877,12 +878,12 @@ class _UnitOfWork(_Place):
 
         It takes its time to find out: three times as long as the rest of COMMIT.
         """
-        if len(self.connections) != 1 or not self.session._is_clean():
+        session = self.session
+        if len(self.connections) != 1 or session.twophase or not session._is_clean():
             return None
         ((connection, own),) = self.connections.items()
         plain = (
-            type(own) is RootTransaction
-            and own is connection.get_transaction()
+            own is connection.get_transaction()
             and not connection.in_nested_transaction()
             and transaction._connections[connection][2]  # not joined from outside
         )
@@ -1033,7 +1034,8 @@ class _UnitOfWork(_Place):
         """Let go of the session, whatever became of its work."""
         session = self.session
         try:
-            if session.in_transaction() or (self.begun and not _is_spent(session)):
+            used = self.begun or self.ending
+            if session.in_transaction() or (used and not _is_spent(session)):
                 self.ending = True
                 if not _close_quietly(session):
                     self.discard_connections()

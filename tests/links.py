@@ -1,4 +1,4 @@
-"""A TCP link to a database server that can be cut at a COMMIT."""
+"""A TCP link to a database server that counts round trips, and can be cut at a COMMIT."""
 
 from __future__ import annotations
 
@@ -17,28 +17,36 @@ Cut = Literal["before it arrives", "while it runs", "before its answer"]
 
 
 class Link:
-    """Carries bytes to and from one server; *cut* says what becomes of the next COMMIT."""
+    """Carries bytes to and from one server.
+
+    :ivar cut: what becomes of the next COMMIT.
+    :ivar trips: how often a client has spoken, and waited for an answer.
+    """
 
     def __init__(self, url: str) -> None:
         self.target = make_url(url)
         self.url: URL = self.target
         self.cut: Cut | None = None
+        self.trips = 0
 
     def carry(self, client: socket.socket, server: socket.socket) -> None:
         """Serve one client until it hangs up or is cut off."""
-        swallowing = False
+        swallowing = waiting = False
         while True:
             ready, _, _ = select.select([client, server], [], [])
             if server in ready:
                 answer = server.recv(65536)
                 if swallowing or not answer:
                     return
+                waiting = False
                 client.sendall(answer)
             if client in ready:
                 said = client.recv(65536)
                 cut = self.cut if b"COMMIT" in said else None
                 if not said or cut == "before it arrives":
                     return
+                self.trips += not waiting
+                waiting = True
                 server.sendall(said)
                 if cut == "while it runs":
                     return

@@ -276,6 +276,7 @@ def test_what_counts_as_a_content_length(
     [
         pytest.param(("X-Name", "a\nb"), id="newline"),
         pytest.param(("X-Name", "a\rb"), id="carriage return"),
+        pytest.param(("X-Name", "a\x7fb"), id="delete"),
         pytest.param(("X-Name", "a\0b"), id="NUL"),
         pytest.param(("X-Name", "snow \u2603"), id="not Latin-1"),
         pytest.param(("X-Name", b"bytes"), id="bytes"),

@@ -1,0 +1,213 @@
+"""Whoever looks sees a session end as usual; steps are left out only where nobody does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, inspect, select
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from support import names, serve_once, text
+
+from middleware import SessionMiddleware
+from models import Item
+
+Registry = scoped_session[Session]
+
+ENDS = [("200 OK", ["kept"]), ("404 Not Found", [])]
+
+HOOKS = [
+    ("200 OK", "before_commit"),
+    ("200 OK", "after_commit"),
+    ("404 Not Found", "after_rollback"),
+    ("404 Not Found", "after_soft_rollback"),
+]
+
+
+def serve(registry: Registry, status: str, work: Callable[[], object] | None = None) -> None:
+    """Serve a request that adds an item, or does some other *work*."""
+    work = work or (lambda: registry.add(Item(name="kept")))
+    serve_once(SessionMiddleware(text(b"", status=status, before=work), registry))
+
+
+@pytest.mark.parametrize(("status", "hook"), HOOKS)
+def test_a_hook_of_the_sessionmaker_is_called_once(status: str, hook: str, engine: Engine) -> None:
+    """A hook that all sessions have is called once for the end of a request's transaction."""
+    factory, calls = sessionmaker(engine), []
+    event.listen(factory, hook, lambda *_: calls.append(hook))
+    serve(scoped_session(factory), status)
+    assert calls == [hook]
+
+
+@pytest.mark.parametrize(("status", "hook"), HOOKS)
+def test_a_hook_of_the_session_is_called_once(status: str, hook: str, registry: Registry) -> None:
+    """So is a hook that a view gives to its session, before or after it used it."""
+    calls = []
+
+    def work() -> None:
+        event.listen(registry(), hook, lambda *_: calls.append(1))
+        registry.add(Item())
+        registry.flush()
+        event.listen(registry(), hook, lambda *_: calls.append(2))
+
+    serve(registry, status, work)
+    assert sorted(calls) == [1, 2]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(
+    ("status", "method"), [("200 OK", "commit"), ("404 Not Found", "rollback")]
+)
+def test_a_method_that_a_class_overrides_is_called(
+    status: str, method: str, streamed: bool, engine: Engine
+) -> None:
+    """Session classes with an own commit(), rollback() or close() find them called."""
+    calls = []
+
+    class Noting(Session):
+        def commit(self) -> None:
+            calls.append("commit")
+            super().commit()
+
+        def rollback(self) -> None:
+            calls.append("rollback")
+            super().rollback()
+
+        def close(self) -> None:
+            calls.append("close")
+            super().close()
+
+    registry = scoped_session(sessionmaker(engine, class_=Noting))
+
+    def app(environ: Any, start_response: Any) -> Any:
+        registry.add(Item())
+        start_response(status, [])
+        return iter([b"body"]) if streamed else [b"body"]
+
+    serve_once(SessionMiddleware(app, registry))
+    assert calls == [method, "close"]
+
+
+@pytest.mark.parametrize(("status", "kept"), ENDS)
+def test_a_session_that_must_not_be_used_again_is_not(
+    status: str, kept: list[str], engine: Engine, outside: Engine
+) -> None:
+    """With close_resets_only=False a session is of no use after its request."""
+    registry = scoped_session(sessionmaker(engine, close_resets_only=False))
+    sessions: list[Session] = []
+
+    def work() -> None:
+        sessions.append(registry())
+        registry.add(Item(name="kept"))
+
+    serve(registry, status, work)
+    with pytest.raises(InvalidRequestError, match="closed"):
+        sessions[0].connection()
+    assert names(outside) == kept
+
+
+@pytest.mark.parametrize(("status", "kept"), ENDS)
+def test_objects_that_outlive_their_request_belong_to_no_session(
+    status: str, kept: list[str], registry: Registry, outside: Engine
+) -> None:
+    """An object that is kept is detached after COMMIT, and new again after ROLLBACK."""
+    items = [Item(name="kept")]
+    sessions: list[Session] = []
+
+    def work() -> None:
+        sessions.append(registry())
+        registry.add(items[0])
+
+    serve(registry, status, work)
+    state = inspect(items[0])
+    assert (state.detached, state.transient) == (bool(kept), not kept)
+    assert not sessions[0].in_transaction()
+    assert list(sessions[0]) == []
+    assert names(outside) == kept
+
+
+def test_an_object_read_for_a_404_belongs_to_no_session(
+    registry: Registry, outside: Engine
+) -> None:
+    """An object that a request read before it rolled back is detached afterwards."""
+    serve(registry, "200 OK")
+    items: list[Item] = []
+    serve(registry, "404 Not Found", lambda: items.extend(registry.scalars(select(Item))))
+    assert inspect(items[0]).detached
+
+
+@pytest.mark.parametrize(("status", "kept"), [("200 OK", ["outer", "inner"]), ("404 No", [])])
+def test_an_open_savepoint_ends_with_its_transaction(
+    status: str, kept: list[str], registry: Registry, outside: Engine
+) -> None:
+    """Work in a savepoint that was never released shares the fate of the rest."""
+
+    def work() -> None:
+        registry.add(Item(name="outer"))
+        registry.begin_nested()
+        registry.add(Item(name="inner"))
+
+    serve(registry, status, work)
+    assert names(outside) == kept
+
+
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found"])
+def test_each_transaction_that_began_is_seen_to_end(status: str, registry: Registry) -> None:
+    """The end of every transaction is told to hooks, also that of an open savepoint."""
+    open_ones: list[Any] = []
+
+    def work() -> None:
+        event.listen(registry(), "after_transaction_create", lambda _, one: open_ones.append(one))
+        event.listen(registry(), "after_transaction_end", lambda _, one: open_ones.remove(one))
+        registry.add(Item())
+        registry.begin_nested()
+        registry.add(Item())
+        registry.flush()
+        assert len(open_ones) == 2
+
+    serve(registry, status, work)
+    assert open_ones == []
+
+
+def test_work_that_a_hook_adds_at_the_flush_is_committed_too(
+    registry: Registry, outside: Engine
+) -> None:
+    """A hook after the last flush may add more, which is flushed before the COMMIT."""
+
+    def work() -> None:
+        event.listen(registry(), "after_flush_postexec", follow, once=True)
+        registry.add(Item(name="first"))
+
+    def follow(session: Session, _context: object) -> None:
+        session.add(Item(name="second"))
+
+    serve(registry, "200 OK", work)
+    assert names(outside) == ["first", "second"]
+
+
+@pytest.mark.parametrize("mode", ["rollback_only", "conditional_savepoint"])
+def test_a_transaction_from_outside_is_not_committed(
+    mode: Any, engine: Engine, outside: Engine
+) -> None:
+    """A session that joined a transaction leaves the COMMIT to whoever began it."""
+    with engine.connect() as connection:
+        transaction = connection.begin()
+        connection.execute(select(1))
+        serve(scoped_session(sessionmaker(connection, join_transaction_mode=mode)), "200 OK")
+        assert transaction.is_active
+        transaction.rollback()
+    assert names(outside) == []
+
+
+def test_a_transaction_from_outside_that_is_handed_over_is_committed(
+    engine: Engine, outside: Engine
+) -> None:
+    """A session that shall control the transaction it joins commits it."""
+    with engine.connect() as connection:
+        connection.begin()
+        connection.execute(select(1))
+        mode = "control_fully"
+        serve(scoped_session(sessionmaker(connection, join_transaction_mode=mode)), "200 OK")
+        assert names(outside) == ["kept"]
