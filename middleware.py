@@ -225,7 +225,8 @@ class SessionMiddleware:
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Try until an attempt need not, or may not, be repeated."""
-        request, began, number = _Replay(environ), monotonic(), 1
+        position, number, began = _recorded(environ), 1, monotonic()
+        at_entry = environ.copy()
         while True:
             attempt = _Attempt(self, environ, start_response, number, began)
             body = attempt.respond()
@@ -233,7 +234,7 @@ class SessionMiddleware:
                 return body
             # Full jitter: rivals must not meet again.
             sleep(random.uniform(0, RETRY_PAUSE * 2 ** min(number, 5)))
-            request.rewind()
+            _rewind(environ, at_entry, position)
             number += 1
 
     def _warn_once(self, message: str) -> None:
@@ -882,12 +883,8 @@ class _UnitOfWork(_Place):
         if len(self.connections) != 1 or session.twophase or not session._is_clean():
             return None
         ((connection, own),) = self.connections.items()
-        plain = (
-            own is connection.get_transaction()
-            and not connection.in_nested_transaction()
-            and transaction._connections[connection][2]  # not joined from outside
-        )
-        return own if plain else None
+        joined = not transaction._connections[connection][2]  # from outside, and left to it
+        return None if joined or connection.in_nested_transaction() else own
 
     def committed(self) -> None:
         self.commit_is, self.durable, self.fate = "done", "something", "commit"
@@ -1513,32 +1510,29 @@ def _size(chunk: Any) -> int:
     return len(chunk) if hasattr(chunk, "__len__") else 1
 
 
-class _Replay:
-    """A request as it was at entry, for another attempt.
+def _recorded(environ: WSGIEnvironment) -> int:
+    """Have the body recorded for another attempt; its position, which is kept as well.
 
-    The body is recorded as the application reads it, in memory and then on disk, unless
-    the server's input can be rewound.
+    It is recorded as the application reads it, in memory and then on disk, unless the
+    server's input can be rewound.
     """
+    stream: Any = environ.get("wsgi.input")
+    try:
+        if stream.seekable():
+            return stream.tell()  # type: ignore[no-any-return]
+    except (AttributeError, OSError):
+        pass
+    if stream is not None:
+        environ["wsgi.input"] = _Recorder(stream)
+    return 0
 
-    def __init__(self, environ: WSGIEnvironment) -> None:
-        self.environ = environ
-        self.position: int | None = None
-        stream: Any = environ.get("wsgi.input")
-        try:
-            if stream.seekable():
-                self.position = stream.tell()
-        except (AttributeError, OSError):
-            pass
-        if self.position is None and stream is not None:
-            environ["wsgi.input"] = _Recorder(stream)
-        self.at_entry = environ.copy()
 
-    def rewind(self) -> None:
-        self.environ.clear()
-        self.environ.update(self.at_entry)
-        stream: Any = self.environ.get("wsgi.input")
-        if stream is not None:
-            stream.seek(self.position or 0)
+def _rewind(environ: WSGIEnvironment, at_entry: WSGIEnvironment, position: int) -> None:
+    environ.clear()
+    environ.update(at_entry)
+    stream: Any = environ.get("wsgi.input")
+    if stream is not None:
+        stream.seek(position)
 
 
 class _Recorder:

@@ -2,30 +2,28 @@
 
 ``make bench`` runs it.  Two measures in one run:
 
-- processor time, of slices that are interleaved in random order in one process, so that
-  what disturbs the machine disturbs all alike;
+- processor time, of slices that are interleaved in random order, so that what disturbs the
+  machine disturbs all alike;
 - instructions, counted by ``valgrind --tool=callgrind`` where it is installed: those of a
-  long run less those of a short one.  They hardly differ from run to run.
+  long run less those of a short one.  They differ by about a fiftieth from run to run.
 
 Both are given without what the application itself costs, as a ratio to the management
-written by hand.
+written by hand.  Each contestant has a process of its own.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from time import process_time
 from typing import TYPE_CHECKING
-from wsgiref.util import setup_testing_defaults
 
 from contestants import CONTESTANTS
+from counting import Player, count, request
 from sqlalchemy import insert
 
 from models import Item, create_tables, make_engine
@@ -39,58 +37,40 @@ SHORT, LONG = 50, 250
 
 
 def make(name: str, folder: str) -> WSGIApplication:
-    engine = make_engine(f"sqlite:///{folder}/{name.replace(' ', '-')}.db")
+    engine = make_engine(f"sqlite:///{folder}/items.db")
     create_tables(engine)
     with engine.begin() as connection:
         connection.execute(insert(Item).values(id=1, name="Item #1"))
     return CONTESTANTS[name](engine)
 
 
-def serve(app: WSGIApplication, path: str, times: int) -> None:
-    for _ in range(times):
-        environ = {"PATH_INFO": path, "REQUEST_METHOD": "GET"}
-        setup_testing_defaults(environ)
-        body = app(environ, lambda *_: bool)
-        assert b"".join(body)
-        close = getattr(body, "close", bool)
-        close()
+def play(name: str, path: str) -> None:
+    """Serve as many requests as each line of the input says, and tell the seconds it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        app = make(name, folder)
+        for line in sys.stdin:
+            began = process_time()
+            for _ in range(int(line)):
+                request(app, "GET", path)
+            print(process_time() - began, flush=True)
 
 
 def processor_time(path: str) -> dict[str, float]:
     """Median seconds of a slice, by contestant."""
     samples: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    with tempfile.TemporaryDirectory() as folder:
-        apps = {name: make(name, folder) for name in CONTESTANTS}
-        for app in apps.values():
-            serve(app, path, SLICE)
+    with ExitStack() as stack:
+        players = {name: stack.enter_context(Player(__file__, name, path)) for name in CONTESTANTS}
+        for player in players.values():
+            player.ask(SLICE)
         for _ in range(ROUNDS):
-            for name in random.sample([*apps], len(apps)):
-                began = process_time()
-                serve(apps[name], path, SLICE)
-                samples[name].append(process_time() - began)
+            for name in random.sample([*players], len(players)):
+                samples[name].append(players[name].ask(SLICE))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def instructions(path: str) -> dict[str, float]:
     """Instructions of a request, by contestant."""
-    return {
-        name: (count(name, path, LONG) - count(name, path, SHORT)) / (LONG - SHORT)
-        for name in CONTESTANTS
-    }
-
-
-def count(name: str, path: str, times: int) -> int:
-    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
-    done = subprocess.run(
-        [*command, sys.executable, __file__, name, path, str(times)],
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = re.search(r"Collected : (\d+)", done.stderr)
-    assert found is not None
-    return int(found[1])
+    return {name: count(__file__, name, path, short=SHORT, long=LONG) for name in CONTESTANTS}
 
 
 def table(measure: str, found: dict[str, float]) -> None:
@@ -98,7 +78,7 @@ def table(measure: str, found: dict[str, float]) -> None:
     unit = found["by hand"] - base
     print(f"\n{measure}")
     for name, value in found.items():
-        print(f"  {name:20} {(value - base) / unit:6.2f}")
+        print(f"  {name:26} {(value - base) / unit:6.2f}")
 
 
 def main() -> None:
@@ -116,5 +96,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
     else:
-        with tempfile.TemporaryDirectory() as scratch:
-            serve(make(sys.argv[1], scratch), sys.argv[2], int(sys.argv[3]))
+        play(*sys.argv[1:])

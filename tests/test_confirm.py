@@ -307,6 +307,18 @@ def test_an_own_commit_that_was_swallowed_and_not_done_is_doomed(
     assert names(outside) == []
 
 
+def test_an_own_commit_that_was_lost_is_unknown_behind_an_error_page(
+    engine: Engine, link: Link
+) -> None:
+    """An app that swallowed the loss of its own COMMIT, and says so, leaves it unknown."""
+    post = Post(engine, confirm=False)
+    work = own_commit(post, swallowed=True)
+    post.app.app = text(b"", status="503 Service Unavailable", before=work)
+    link.cut = "before its answer"
+    post.send()
+    assert post.action == "unknown"
+
+
 def test_several_connections_cannot_be_asked_for(
     engine: Engine, link: Link, outside: Engine
 ) -> None:

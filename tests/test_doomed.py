@@ -299,6 +299,15 @@ def test_postgresql_two_phases_prepare_before_they_commit(
     second.dispose()
 
 
+def test_postgresql_one_connection_in_two_phases_is_prepared_too(postgresql: Engine) -> None:
+    """With twophase=True a session sends PREPARE, also where it has but one database."""
+    prepared: list[object] = []
+    event.listen(postgresql, "prepare_twophase", lambda _, xid: prepared.append(xid))
+    registry = scoped_session(sessionmaker(postgresql, twophase=True))
+    post(lambda: registry.add(Item(name="kept")), registry)
+    assert (len(prepared), names(postgresql)) == (1, ["kept"])
+
+
 # MariaDB and MySQL: a deadlock undoes the whole transaction, other errors their statement.
 
 
