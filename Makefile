@@ -2,7 +2,7 @@
 # make test    the whole test suite, on the databases that this machine has
 # make check   ruff, mypy and a wheel that is built, installed and used
 # make docs    the documentation, as pages in build/docs
-# make bench   what a session costs, by this middleware and by others
+# make bench   what a request costs and where, beside other ways; valgrind counts instructions
 # make fuzz    schemathesis against the service on PostgreSQL, for minutes
 
 PYTHON ?= python3
@@ -37,6 +37,7 @@ fuzz: .venv/installed-dev
 bench: .venv/installed-bench
 	PYTHONPATH=. $(BIN)/python benchmarks/run.py
 	PYTHONPATH=. $(BIN)/python benchmarks/million.py
+	PYTHONPATH=. $(BIN)/python benchmarks/layers.py
 
 # The library once more, on the older of the two SQLAlchemys that it supports.
 LIBRARY := after_commit attempts confirm conflicts docs doomed faults frameworks lost_work model \

@@ -555,7 +555,8 @@ class _Head:
     def __init__(self, method: str, status: str, headers: Headers, exc_info: Any) -> None:
         self.method = method
         self.status = status
-        # The application may change its list afterwards, and the server the one that it gets.
+        # The application may change its list afterwards, and the server the one that it
+        # gets, so each has its own and we read a third.
         self.headers: Any = headers if isinstance(headers, (tuple, dict)) else list(headers)
         self.exc_info = exc_info
         self.fault = _fault(status, self.headers)
@@ -566,11 +567,12 @@ class _Head:
         return None if self.fault else _body_length(self.method, self.status, self.headers)
 
     def send(self, start_response: StartResponse) -> None:
+        headers = self.headers.copy() if type(self.headers) is list else self.headers
         if self.exc_info is None:
-            start_response(self.status, self.headers)
+            start_response(self.status, headers)
         else:
             exc_info, self.exc_info = self.exc_info, None  # PEP 3333: no cycle of frames
-            start_response(self.status, self.headers, exc_info)
+            start_response(self.status, headers, exc_info)
 
 
 class _Body:
@@ -877,7 +879,7 @@ class _UnitOfWork(_Place):
     def sole_transaction(self, transaction: SessionTransaction) -> Transaction | None:
         """The transaction to commit where ``Session.commit()`` would do that and no more.
 
-        It takes its time to find out: three times as long as the rest of COMMIT.
+        Then it is left out: most of its time is for what is not there.
         """
         session = self.session
         if len(self.connections) != 1 or session.twophase or not session._is_clean():
@@ -1214,7 +1216,7 @@ def _unit_of(session: Session | None) -> _UnitOfWork | None:
 def _slot(registry: Registry) -> tuple[dict[Any, Any], Any]:
     """Where the registry keeps the session of the present scope: a dict, and the key in it."""
     scope: Any = registry.registry
-    if type(scope) is ThreadLocalRegistry:
+    if isinstance(scope, ThreadLocalRegistry):
         return scope.registry.__dict__, "value"
     return scope.registry, scope.scopefunc()
 
@@ -1263,7 +1265,7 @@ _RESETS = Session()._close_state
 
 
 def _is_spent(session: Session) -> bool:
-    """Tell whether ``close()``, after a transaction, would do nothing; that takes it long."""
+    """Tell whether ``close()`` would do nothing after a transaction, which takes it long."""
     return (
         not session.identity_map
         and session._is_clean()

@@ -120,6 +120,30 @@ def test_commit_when_replaces_the_rule(registry: Registry, outside: Engine) -> N
     assert names(outside) == ["kept"]
 
 
+def test_commit_when_sees_what_the_application_said(registry: Registry, outside: Engine) -> None:
+    """At the end of a stream commit_when gets the headers as they were before the server."""
+    seen = []
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        registry.add(Item(name="kept"))
+        start_response("200 OK", [("X-Name", "value")])
+        yield b"body"
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+        headers.append(("Date", "now"))  # as wsgiref does
+
+    def commit_when(environ: Any, status: str, headers: Any) -> bool:
+        seen.extend(headers)
+        return True
+
+    application = SessionMiddleware(app, registry, commit_when=commit_when)
+    body = application(environ(), start_response)
+    assert list(body) == [b"body"]
+    body.close()  # type: ignore[attr-defined]
+    assert seen == [("X-Name", "value")]
+    assert names(outside) == ["kept"]
+
+
 def test_commit_when_that_raises_rolls_back(registry: Registry, outside: Engine) -> None:
     """An exception from commit_when rolls back and is what the server sees."""
 
