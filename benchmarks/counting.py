@@ -45,6 +45,11 @@ class Player:
         print(times, file=self.process.stdin, flush=True)
         return float(self.process.stdout.readline())
 
+    def watch(self, state: str) -> None:
+        """Have Callgrind count from now on, or no more."""
+        command = ["callgrind_control", f"--instr={state}", str(self.process.pid)]
+        subprocess.run(command, check=True, capture_output=True)
+
     def __enter__(self) -> Player:
         return self
 
@@ -54,14 +59,14 @@ class Player:
         self.last_words = self.process.communicate()[1] or ""
 
 
-def count(script: str, *arguments: str, short: int, long: int) -> float:
-    """Instructions of one request: what *long* runs take beyond *short* ones, divided."""
-    taken = []
-    for times in (short, long):
-        under = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
-        with Player(script, *arguments, under=under) as player:
-            player.ask(times)
-        found = re.search(r"Collected : (\d+)", player.last_words)
-        assert found is not None, player.last_words
-        taken.append(int(found[1]))
-    return (taken[1] - taken[0]) / (long - short)
+def count(script: str, *arguments: str, warm: int = 50, times: int = 200) -> float:
+    """Instructions of one request, by Callgrind, when *warm* others have gone before."""
+    tool = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
+    with Player(script, *arguments, under=(*tool, "--instr-atstart=no")) as player:
+        player.ask(warm)
+        player.watch("on")
+        player.ask(times)
+        player.watch("off")
+    found = re.search(r"Collected : (\d+)", player.last_words)
+    assert found is not None, player.last_words
+    return int(found[1]) / times

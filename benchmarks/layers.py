@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 REQUESTS = {"unknown path": ("GET", "/nowhere"), "GET /1": ("GET", "/1"), "POST /": ("POST", "/")}
-SHORT, LONG = 50, 250
 PICTURE = Path(__file__).parent.parent / "docs" / "static" / "layers.svg"
 COLOURS = {
     "server": "#5b6b7f",
@@ -121,15 +120,11 @@ def play(stack: str, method: str, path: str) -> None:
             print(0, flush=True)
 
 
-def instructions(stack: str, method: str, path: str) -> float:
-    return count(__file__, stack, method, path, short=SHORT, long=LONG)
-
-
 def layers(method: str, path: str, server: float) -> dict[str, float]:
     """Thousands of instructions of each layer of one request."""
     handlers = "writing" if method == "POST" else "reading"
     router, middleware, statements, whole = (
-        instructions(stack, method, path)
+        count(__file__, stack, method, path)
         for stack in ("router", "router, middleware", handlers, "all")
     )
     found = {
@@ -139,7 +134,7 @@ def layers(method: str, path: str, server: float) -> dict[str, float]:
         "transaction": whole - middleware - (statements - router),
         "statements": statements - router,
     }
-    return {layer: value / 1000 for layer, value in found.items()}
+    return {layer: max(0.0, value / 1000) for layer, value in found.items()}
 
 
 def draw(bars: dict[str, dict[str, float]]) -> str:
@@ -183,8 +178,8 @@ def main() -> None:
     if shutil.which("valgrind") is None:
         print("\nvalgrind is not installed: no layers are counted")
         return
-    hello = instructions("empty", "served", "/") - instructions("empty", "GET", "/")
-    bars = {name: layers(*asked, hello) for name, asked in REQUESTS.items()}
+    server = count(__file__, "empty", "served", "/") - count(__file__, "empty", "GET", "/")
+    bars = {name: layers(*asked, server) for name, asked in REQUESTS.items()}
     print("\nthousands of instructions of a request to the item service, SQLite")
     print(" " * 14 + "".join(f"{layer:>17}" for layer in COLOURS) + f"{'sum':>8}")
     for name, bar in bars.items():

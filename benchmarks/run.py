@@ -4,8 +4,8 @@
 
 - processor time, of slices that are interleaved in random order, so that what disturbs the
   machine disturbs all alike;
-- instructions, counted by ``valgrind --tool=callgrind`` where it is installed: those of a
-  long run less those of a short one.  They differ by about a fiftieth from run to run.
+- instructions, counted by ``valgrind --tool=callgrind`` where it is installed.  They differ
+  by about a fiftieth from run to run.
 
 Both are given without what the application itself costs, as a ratio to the management
 written by hand.  Each contestant has a process of its own.
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 PATHS = {"/": "session not used", "/touch": "one read"}
 ROUNDS, SLICE = 60, 40
-SHORT, LONG = 50, 250
 
 
 def make(name: str, folder: str) -> WSGIApplication:
@@ -70,7 +69,7 @@ def processor_time(path: str) -> dict[str, float]:
 
 def instructions(path: str) -> dict[str, float]:
     """Instructions of a request, by contestant."""
-    return {name: count(__file__, name, path, short=SHORT, long=LONG) for name in CONTESTANTS}
+    return {name: count(__file__, name, path) for name in CONTESTANTS}
 
 
 def table(measure: str, found: dict[str, float]) -> None:
