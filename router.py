@@ -282,10 +282,14 @@ class Resource:
         self.pattern = re.compile(numbers)
         self.methods: dict[str, dict[str, Route]] = {}
         self.path: dict[str, Any] = {}
+        self.decoders: list[tuple[str, msgspec.json.Decoder[Any]]] = []
 
     def add(self, method: str, media_type: str, route: Route) -> None:
         self.methods.setdefault(method, {})[media_type] = route
         self.path = route.path
+        # A decoder knows its type; msgspec.convert() would look at it each time.
+        names = self.pattern.groupindex
+        self.decoders = [(name, msgspec.json.Decoder(route.path[name])) for name in names]
 
     def match(self, path: str) -> dict[str, int] | None:
         """Read the numbers in *path*; None where it is none of ours."""
@@ -293,10 +297,7 @@ class Resource:
         if found is None:
             return None
         try:
-            return {
-                name: msgspec.convert(int(text), self.path[name])
-                for name, text in found.groupdict().items()
-            }
+            return {name: decoder.decode(found[name]) for name, decoder in self.decoders}
         except msgspec.ValidationError:
             return None
 
