@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from databases import until
 from sqlalchemy import Engine, create_engine, event, insert, make_url, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
@@ -325,6 +326,37 @@ def mariadb(mariadb_url: str) -> Iterator[Engine]:
 @pytest.fixture
 def maria_registry(mariadb: Engine) -> Registry:
     return scoped_session(sessionmaker(mariadb))
+
+
+def kill(engine: Engine, id: int) -> None:
+    """End a connection from outside; return when it has ended."""
+    left = sql("SELECT count(*) FROM information_schema.processlist WHERE id = :id")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sql(f"KILL {id}"))
+        until(lambda: not connection.scalar(left, {"id": id}), "the connection to end")
+
+
+def test_mariadb_a_timeout_that_cannot_be_asked_about_stays_what_it_is(
+    mariadb: Engine, maria_registry: Registry
+) -> None:
+    """Where nobody can tell what a lock timeout undid, it is what the server sees all the same."""
+    ids: list[int] = []
+    outside = make_engine(mariadb.url)
+
+    @event.listens_for(mariadb, "handle_error")
+    def at_the_first_error(context: Any) -> None:
+        if ids:
+            kill(outside, ids.pop())
+
+    def work() -> None:
+        ids.append(maria_registry.scalar(sql("SELECT CONNECTION_ID()")) or 0)
+        maria_registry.execute(sql("SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1205"))
+
+    with pytest.raises(DBAPIError) as caught:
+        post(work, maria_registry)
+    assert caught.value.orig is not None
+    assert caught.value.orig.args[0] == 1205
+    outside.dispose()
 
 
 def rename(connection: Any, key: int, name: str) -> None:
