@@ -677,6 +677,16 @@ class Unseekable:
         return iter(self.file)
 
 
+class Pipe(Unseekable):
+    """An input that counts what was read, and says that it cannot go back."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
 def read_all(stream: Any) -> list[bytes]:
     return [stream.read()]
 
@@ -703,7 +713,7 @@ READERS = [read_all, read_pieces, read_lines, read_readlines]
 LINES = b"first line\nsecond line\nthird line without an end"
 
 
-@pytest.mark.parametrize("kind", [io.BytesIO, Unseekable])
+@pytest.mark.parametrize("kind", [io.BytesIO, Unseekable, Pipe])
 @pytest.mark.parametrize("first", [*READERS, lambda stream: stream.read(4), lambda stream: None])
 @pytest.mark.parametrize("second", READERS)
 @pytest.mark.parametrize("content", [LINES, LINES * 50_000, b""], ids=["short", "long", "empty"])

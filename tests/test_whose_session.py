@@ -123,6 +123,17 @@ def test_a_request_inside_a_scope_is_one_of_its_own(registry: Registry, outside:
     assert inside != [scoped]
 
 
+def test_a_request_does_not_close_the_session_of_a_scope(
+    registry: Registry, outside: Engine
+) -> None:
+    """A request that leaves the session of a scope in its own's place lets it live."""
+    with session_scope(registry) as scoped:
+        scoped.add(Item(name="scoped"))
+        app = text(b"", before=lambda: registry.registry.set(scoped))
+        serve_once(SessionMiddleware(app, registry))
+    assert names(outside) == ["scoped"]
+
+
 def test_different_registries_are_independent(
     registry: Registry, engine: Engine, outside: Engine, sqlite_url: str
 ) -> None:
@@ -328,8 +339,9 @@ def test_a_session_that_cannot_be_closed_leaves_nothing_behind(
     assert names(engine) == []
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_connections_that_sqlalchemy_failed_to_close_are_discarded(
-    engine: Engine, sqlite_url: str, caplog: pytest.LogCaptureFixture
+    streamed: bool, engine: Engine, sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """When ROLLBACK fails on each of two connections, neither stays out of its pool."""
     second = make_engine(f"{sqlite_url}-2")
@@ -344,9 +356,13 @@ def test_connections_that_sqlalchemy_failed_to_close_are_discarded(
             registry.connection(bind_arguments={"bind": each})
             event.listen(each, "rollback", refuse)
 
-    app = text(b"", status="404 Not Found", before=work)
+    def app(environ: Any, start_response: Any) -> Any:
+        body = text(b"", status="404 Not Found", before=work)(environ, start_response)
+        return iter(body) if streamed else body
+
     serve_once(SessionMiddleware(app, registry))
     assert "ROLLBACK failed" in caplog.text
+    assert "This Connection is closed" not in caplog.text
     assert [each.pool.checkedout() for each in (engine, second)] == [0, 0]  # type: ignore[attr-defined]
     for each in (engine, second):
         event.remove(each, "rollback", refuse)
