@@ -41,7 +41,7 @@ bench: .venv/installed-bench
 
 # The library once more, on the older of the two SQLAlchemys that it supports.
 LIBRARY := after_commit attempts confirm conflicts docs doomed faults frameworks lost_work model \
-	outcome receipt servers streams testing transparency whose_session
+	outcome receipt round_trips servers session_ends streams testing transparency whose_session
 test-sqlalchemy-2.0: .venv-2.0/installed-dev
 	.venv-2.0/bin/pytest -q $(LIBRARY:%=tests/test_%.py)
 
