@@ -1,5 +1,5 @@
 # make serve   the item service on a SQLite file, http://127.0.0.1:8080
-# make test    the whole test suite, on the databases that this machine has
+# make test    all tests but those of the wheel, on the databases that this machine has
 # make check   ruff, mypy and a wheel that is built, installed and used
 # make docs    the documentation, as pages in build/docs
 # make bench   what a request costs and where, beside other ways; valgrind counts instructions
@@ -18,7 +18,7 @@ serve: .venv/installed-app
 
 test: .venv/installed-dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --ignore tests/packaging
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
