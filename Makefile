@@ -11,7 +11,7 @@ BIN := .venv/bin
 .PHONY: help serve test check docs bench fuzz test-sqlalchemy-2.0 clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make /make /p' Makefile
 
 serve: .venv/installed-app
 	$(BIN)/python serve.py
