@@ -1002,13 +1002,23 @@ class _UnitOfWork(_Place):
                 self.fate = "rollback"
             if self.is_in_doubt(error):
                 self.resolve(error)
-            elif removing and not session.in_nested_transaction() and not _hears_rollback(session):
-                transaction.close()  # rolls back too, and does not reset each object first
+            elif removing and self.rollback_is_plain():
+                transaction.close()  # rolls back too
             else:
                 session.rollback()
         except Exception:
             log.exception("ROLLBACK failed")
             self.discard_connections()
+
+    def rollback_is_plain(self) -> bool:
+        """Tell whether ``Session.rollback()`` would send ROLLBACK, and have nothing to reset."""
+        session = self.session
+        return not (
+            self.wrote
+            or session.identity_map
+            or session.in_nested_transaction()
+            or _hears_rollback(session)
+        )
 
     def transient_reason(self, error: BaseException | None) -> BaseException | None:
         """The error that the database calls transient, where there is one behind *error*.
@@ -1268,7 +1278,6 @@ def _is_spent(session: Session) -> bool:
     """Tell whether ``close()`` would do nothing after a transaction, which takes it long."""
     return (
         not session.identity_map
-        and session._is_clean()
         and type(session).close is Session.close
         and session._close_state is _RESETS
     )

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, inspect, select
+from sqlalchemy import Engine, event, insert, inspect, select, update
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm.exc import DetachedInstanceError
 from support import names, serve_once, text
 
 from middleware import SessionMiddleware
@@ -27,8 +28,8 @@ HOOKS = [
 
 
 def serve(registry: Registry, status: str, work: Callable[[], object] | None = None) -> None:
-    """Serve a request that adds an item, or does some other *work*."""
-    work = work or (lambda: registry.add(Item(name="kept")))
+    """Serve a request that inserts a row, without an object, or does some other *work*."""
+    work = work or (lambda: registry.execute(insert(Item).values(name="kept")))
     serve_once(SessionMiddleware(text(b"", status=status, before=work), registry))
 
 
@@ -48,8 +49,7 @@ def test_a_hook_of_the_session_is_called_once(status: str, hook: str, registry: 
 
     def work() -> None:
         event.listen(registry(), hook, lambda *_: calls.append(1))
-        registry.add(Item())
-        registry.flush()
+        registry.execute(select(Item))
         event.listen(registry(), hook, lambda *_: calls.append(2))
 
     serve(registry, status, work)
@@ -82,7 +82,7 @@ def test_a_method_that_a_class_overrides_is_called(
     registry = scoped_session(sessionmaker(engine, class_=Noting))
 
     def app(environ: Any, start_response: Any) -> Any:
-        registry.add(Item())
+        registry.execute(select(Item))
         start_response(status, [])
         return iter([b"body"]) if streamed else [b"body"]
 
@@ -108,9 +108,10 @@ def test_a_session_that_must_not_be_used_again_is_not(
     assert names(outside) == kept
 
 
+@pytest.mark.parametrize("flush", [True, False])
 @pytest.mark.parametrize(("status", "kept"), ENDS)
 def test_objects_that_outlive_their_request_belong_to_no_session(
-    status: str, kept: list[str], registry: Registry, outside: Engine
+    status: str, kept: list[str], flush: bool, registry: Registry, outside: Engine
 ) -> None:
     """An object that is kept is detached after COMMIT, and new again after ROLLBACK."""
     items = [Item(name="kept")]
@@ -119,6 +120,8 @@ def test_objects_that_outlive_their_request_belong_to_no_session(
     def work() -> None:
         sessions.append(registry())
         registry.add(items[0])
+        if flush:
+            registry.flush()
 
     serve(registry, status, work)
     state = inspect(items[0])
@@ -126,6 +129,69 @@ def test_objects_that_outlive_their_request_belong_to_no_session(
     assert not sessions[0].in_transaction()
     assert list(sessions[0]) == []
     assert names(outside) == kept
+
+
+def test_an_object_that_was_rolled_back_can_be_added_again(
+    registry: Registry, outside: Engine
+) -> None:
+    """An object that one request wrote in vain is stored by the next that adds it."""
+    item = Item(name="kept")
+
+    def work() -> None:
+        registry.add(item)
+        registry.flush()
+
+    serve(registry, "409 Conflict", work)
+    assert names(outside) == []
+    serve(registry, "200 OK", work)
+    assert names(outside) == ["kept"]
+
+
+def flushed(registry: Registry, item: Item) -> None:
+    item.name = "changed"
+    registry.flush()
+
+
+def unflushed(registry: Registry, item: Item) -> None:
+    item.name = "changed"
+
+
+def in_bulk(registry: Registry, item: Item) -> None:
+    registry.execute(update(Item).values(name="changed"))
+
+
+@pytest.mark.parametrize("change", [flushed, unflushed, in_bulk])
+def test_an_object_does_not_keep_what_was_rolled_back(
+    change: Callable[[Registry, Item], object], registry: Registry
+) -> None:
+    """An object that is kept after a ROLLBACK doesn't show what was never stored."""
+    serve(registry, "200 OK")
+    items: list[Item] = []
+
+    def work() -> None:
+        items.extend(registry.scalars(select(Item)))
+        change(registry, items[0])
+
+    serve(registry, "404 Not Found", work)
+    with pytest.raises(DetachedInstanceError):
+        print(items[0].name)
+
+
+def test_a_deletion_that_was_rolled_back_is_none(registry: Registry, outside: Engine) -> None:
+    """An object whose deletion was rolled back is stored still, and hooks are told."""
+    serve(registry, "200 OK")
+    items: list[Item] = []
+    told: list[object] = []
+
+    def work() -> None:
+        event.listen(registry(), "deleted_to_persistent", lambda _, item: told.append(item))
+        items.extend(registry.scalars(select(Item)))
+        registry.delete(items[0])
+        registry.flush()
+
+    serve(registry, "404 Not Found", work)
+    assert told == items
+    assert names(outside) == ["kept"]
 
 
 def test_an_object_read_for_a_404_belongs_to_no_session(
@@ -161,10 +227,9 @@ def test_each_transaction_that_began_is_seen_to_end(status: str, registry: Regis
     def work() -> None:
         event.listen(registry(), "after_transaction_create", lambda _, one: open_ones.append(one))
         event.listen(registry(), "after_transaction_end", lambda _, one: open_ones.remove(one))
-        registry.add(Item())
+        registry.execute(select(Item))
         registry.begin_nested()
-        registry.add(Item())
-        registry.flush()
+        registry.execute(select(Item))
         assert len(open_ones) == 2
 
     serve(registry, status, work)
