@@ -882,7 +882,9 @@ class _UnitOfWork(_Place):
         Then it is left out: most of its time is for what is not there.
         """
         session = self.session
-        if len(self.connections) != 1 or session.twophase or not session._is_clean():
+        if len(self.connections) != 1 or session.in_nested_transaction() or session.twophase:
+            return None
+        if not session._is_clean():
             return None
         ((connection, own),) = self.connections.items()
         joined = not transaction._connections[connection][2]  # from outside, and left to it

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import Engine, event, insert, inspect, select, update
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import InvalidRequestError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import DetachedInstanceError
-from support import names, serve_once, text
+from support import make_tables, names, serve_once, text
 
 from middleware import SessionMiddleware
-from models import Item
+from models import Item, make_engine
 
 Registry = scoped_session[Session]
 
@@ -219,15 +221,19 @@ def test_an_open_savepoint_ends_with_its_transaction(
     assert names(outside) == kept
 
 
+@pytest.mark.parametrize("connected", [True, False])
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found"])
-def test_each_transaction_that_began_is_seen_to_end(status: str, registry: Registry) -> None:
+def test_each_transaction_that_began_is_seen_to_end(
+    status: str, connected: bool, registry: Registry
+) -> None:
     """The end of every transaction is told to hooks, also that of an open savepoint."""
     open_ones: list[Any] = []
 
     def work() -> None:
         event.listen(registry(), "after_transaction_create", lambda _, one: open_ones.append(one))
         event.listen(registry(), "after_transaction_end", lambda _, one: open_ones.remove(one))
-        registry.execute(select(Item))
+        if connected:
+            registry.execute(select(Item))
         registry.begin_nested()
         registry.execute(select(Item))
         assert len(open_ones) == 2
@@ -276,3 +282,124 @@ def test_a_transaction_from_outside_that_is_handed_over_is_committed(
         mode = "control_fully"
         serve(scoped_session(sessionmaker(connection, join_transaction_mode=mode)), "200 OK")
         assert names(outside) == ["kept"]
+
+
+Items = list[Item]
+
+
+def add(registry: Registry, items: Items) -> None:
+    items.append(Item(name="new"))
+    registry.add(items[-1])
+
+
+def add_again(registry: Registry, items: Items) -> None:
+    registry.add_all(items[-1:])
+
+
+def read(registry: Registry, items: Items) -> None:
+    items.extend(registry.scalars(select(Item).order_by(Item.id)))
+
+
+def change(registry: Registry, items: Items) -> None:
+    for item in items[-1:]:
+        item.name = "changed"
+
+
+def change_rows(registry: Registry, items: Items) -> None:
+    registry.execute(update(Item).values(name="all alike"))
+
+
+def remove(registry: Registry, items: Items) -> None:
+    if items and items[-1] in registry and inspect(items[-1]).persistent:
+        registry.delete(items[-1])
+
+
+def flush(registry: Registry, items: Items) -> None:
+    registry.flush()
+
+
+def savepoint(registry: Registry, items: Items) -> None:
+    registry.begin_nested()
+
+
+def forget(registry: Registry, items: Items) -> None:
+    items.clear()
+
+
+STEPS = [add, add_again, read, change, change_rows, remove, flush, savepoint, forget]
+STATUSES = ["200 OK", "404 Not Found"]
+HEARD = [
+    "after_transaction_create",
+    "after_begin",
+    "after_flush",
+    "after_transaction_end",
+    "transient_to_pending",
+    "pending_to_transient",
+    "pending_to_persistent",
+    "persistent_to_transient",
+    "persistent_to_deleted",
+    "deleted_to_persistent",
+    "persistent_to_detached",
+    "detached_to_persistent",
+]
+Request = tuple[list[Callable[[Registry, Items], None]], str]
+
+
+def end_by_hand(registry: Registry, status: str, work: Callable[[], object]) -> None:
+    session = registry()
+    try:
+        work()
+        if status == "404 Not Found":
+            session.rollback()
+        elif session.in_transaction():
+            session.commit()
+    except BaseException:
+        session.rollback()
+        raise
+    finally:
+        registry.remove()
+        del session
+
+
+def what_becomes_of(
+    requests: list[Request], end: Callable[[Registry, str, Callable[[], object]], None]
+) -> list[object]:
+    """What is to be seen after each of *requests*: error, objects, rows and what hooks heard."""
+    engine = make_engine("sqlite://")
+    make_tables(engine)
+    registry = scoped_session(sessionmaker(engine, expire_on_commit=False))
+    items: Items = []
+    heard: list[str] = []
+    for hook in HEARD:
+        event.listen(registry.session_factory, hook, lambda *_, hook=hook: heard.append(hook))
+    seen: list[object] = []
+    for steps, status in requests:
+
+        def work(steps: Any = steps) -> None:
+            for step in steps:
+                step(registry, items)
+
+        error = None
+        try:
+            end(registry, status, work)
+        except SQLAlchemyError as raised:
+            error = str(raised)
+        states = [inspect(item) for item in items]
+        seen += [(one.transient, one.detached, one.expired, one.dict.get("name")) for one in states]
+        seen += [error, names(engine), sorted(heard)]
+        heard.clear()
+    engine.dispose()
+    return seen
+
+
+@settings(max_examples=150, derandomize=True, database=None, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.sampled_from(STEPS), max_size=6), st.sampled_from(STATUSES)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_all_is_as_if_written_by_hand(requests: list[Request]) -> None:
+    """Rows, kept objects and what hooks hear are as after commit() or rollback(), and close()."""
+    assert what_becomes_of(requests, serve) == what_becomes_of(requests, end_by_hand)
