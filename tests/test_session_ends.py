@@ -383,7 +383,7 @@ def what_becomes_of(
         try:
             end(registry, status, work)
         except SQLAlchemyError as raised:
-            error = str(raised)
+            error = type(raised)
         states = [inspect(item) for item in items]
         seen += [(one.transient, one.detached, one.expired, one.dict.get("name")) for one in states]
         seen += [error, names(engine), sorted(heard)]
