@@ -16,10 +16,10 @@ import msgspec
 from sqlalchemy import Table, bindparam, insert, select, update
 from sqlalchemy.orm import Session, scoped_session
 
-from health import Health
 from models import MAX_ID, Item
-from openapi import Documentation
-from router import (
+from web.health import Health
+from web.openapi import Documentation
+from web.router import (
     JSON_HEADERS,
     MAX_BODY,
     JSONRequest,
@@ -29,9 +29,9 @@ from router import (
     as_json,
     json_bytes,
 )
-from static import StaticFile
+from web.static import StaticFile
 
-PAGE = Path(__file__).with_name("page")
+PAGE = Path(__file__).with_name("web") / "page"
 
 PAGE_FILES = [
     ("/", "index.html", "text/html"),

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from sessionscope import SessionMiddleware
+from sessionscope.engines import make_engine, make_reader
 from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import scoped_session, sessionmaker
@@ -23,11 +25,10 @@ from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
 from waitress.utilities import BadRequest
 
-from errors import errors_as_json
-from middleware import SessionMiddleware
-from models import create_tables, make_engine, make_probe, make_reader
+from models import create_tables, make_probe
 from resources import make_app
-from router import MAX_BODY
+from web.errors import errors_as_json
+from web.router import MAX_BODY
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment

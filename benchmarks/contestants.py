@@ -76,7 +76,7 @@ def sessionscope_attempts(engine: Engine) -> WSGIApplication:
 
 
 def attempting(engine: Engine, attempts: int) -> WSGIApplication:
-    from middleware import SessionMiddleware
+    from sessionscope import SessionMiddleware
 
     registry = scoped_session(sessionmaker(engine))
     return SessionMiddleware(bare(registry), registry, attempts=attempts)

@@ -25,15 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from counting import count, request
+from sessionscope import SessionMiddleware
+from sessionscope.engines import make_engine, make_reader
 from sqlalchemy import insert
 from sqlalchemy.orm import scoped_session, sessionmaker
 from waitress.server import create_server
 
-from middleware import SessionMiddleware
-from models import Item, create_tables, make_engine, make_reader
+from models import Item, create_tables
 from resources import ItemView, make_app
-from router import Router
 from serve import create_app
+from web.router import Router
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

@@ -19,12 +19,13 @@ import threading
 from pathlib import Path
 from time import process_time
 
+from sessionscope.engines import make_engine, make_reader
 from sqlalchemy import text
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from models import MAX_ID, create_tables, make_engine, make_reader
+from models import MAX_ID, create_tables
 from resources import ItemList, Items
-from router import json_bytes
+from web.router import json_bytes
 
 ROUNDS, PAGES = 7, 300
 

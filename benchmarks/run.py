@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 
 from contestants import CONTESTANTS
 from counting import Player, count, request
+from sessionscope.engines import make_engine
 from sqlalchemy import insert
 
-from models import Item, create_tables, make_engine
+from models import Item, create_tables
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication

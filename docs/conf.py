@@ -6,12 +6,8 @@ needs the network.
 
 import sys
 from pathlib import Path
-from types import ModuleType
 
-# The modules lie flat in the repository and are shown by the names that they are installed by.
-library = ModuleType("sessionscope")
-library.__path__ = [str(Path(__file__).resolve().parent.parent)]
-sys.modules["sessionscope"] = library
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 project = html_title = "sessionscope"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.graphviz"]
@@ -25,7 +21,8 @@ graphviz_output_format = "svg"
 # What is of others: without the network there is nothing that a link could be made from.
 nitpick_ignore_regex = [
     ("py:class", r"collections\.abc\..*|sqlalchemy\..*|Engine|Session|WSGI.*"),
-    ("py:class", "Callback|CommitWhen|Headers|Registry"),  # names for types, within a module
+    ("py:exc", r"sqlalchemy\..*"),
+    ("py:class", "Action|Callback|CommitWhen|Headers|Registry"),  # names for types
 ]
 
 html_theme = "furo"

@@ -10,7 +10,7 @@ import logging
 import os
 
 from bottle import Bottle, HTTPResponse
-from sessionscope.middleware import SessionMiddleware
+from sessionscope import SessionMiddleware
 from sqlalchemy import String, create_engine, orm, select
 from waitress import serve
 

@@ -12,7 +12,7 @@ from django.conf import settings
 from django.core.wsgi import get_wsgi_application
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
-from sessionscope.middleware import SessionMiddleware
+from sessionscope import SessionMiddleware
 from sqlalchemy import String, create_engine, orm, select
 from waitress import serve
 

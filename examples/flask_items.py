@@ -16,7 +16,7 @@ import os
 
 from flask import Flask
 from flask.typing import ResponseReturnValue
-from sessionscope.middleware import SessionMiddleware
+from sessionscope import SessionMiddleware
 from sqlalchemy import String, create_engine, orm, select
 from sqlalchemy.orm import Mapped, mapped_column
 from waitress import serve

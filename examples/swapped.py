@@ -15,7 +15,7 @@ import sys
 
 import bottle
 from flask_items import Base, Items, Record, Session, make_app
-from sessionscope.middleware import SessionMiddleware
+from sessionscope import SessionMiddleware
 from sqlalchemy import insert, select, update
 from waitress import serve
 

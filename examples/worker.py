@@ -12,7 +12,7 @@ import os
 import sys
 from functools import partial
 
-from sessionscope.middleware import on_commit, session_scope
+from sessionscope import on_commit, session_scope
 from sqlalchemy import String, create_engine, orm
 
 engine = create_engine(os.environ.get("DATABASE_URL", "sqlite:///items.db"))

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from sessionscope import Outcome, SessionMiddleware
 from sqlalchemy import Engine, event, func, insert, select, update
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -18,8 +19,6 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 from support import PATIENCE, Reply, drop_tables, environ, make_tables, serve_once, text
-
-from middleware import Outcome, SessionMiddleware
 
 Work = Callable[[Session, int], object]
 """What a request does, told its session and the number of the attempt."""

@@ -11,11 +11,10 @@ from typing import TypeVar
 import clusters
 import databases
 import pytest
+from sessionscope.engines import make_engine
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import drop_tables, make_tables
-
-from models import make_engine
 
 CI = os.environ.get("CI") == "true"
 """CI requires every database server; elsewhere the tests of a missing one are skipped."""

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.validate import validator
 
 import pytest
+from sessionscope.engines import make_engine
 from sqlalchemy import Engine, select
 from support import Reply, environ, serve_once
 from webtest import TestApp
 
 import serve
-from models import Base, Item, make_engine
+from models import Base, Item
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication

@@ -16,12 +16,13 @@ from wsgiref.util import FileWrapper
 from wsgiref.validate import validator
 
 import shapes
+from sessionscope import SessionMiddleware
+from sessionscope.engines import make_engine
 from sqlalchemy import Engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 from support import refuse_commit
 
-from middleware import SessionMiddleware
-from models import Item, make_engine
+from models import Item
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

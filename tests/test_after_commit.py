@@ -8,20 +8,20 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, insert, select
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from support import Server, environ, names, refuse_commit, serve_once, text
-
-from middleware import (
-    CommitOutcomeUnknown,
+from sessionscope import (
     Outcome,
     SessionMiddleware,
     TransactionDoomed,
     on_commit,
     session_scope,
 )
-from models import Item, create_tables, make_engine
+from sessionscope.engines import make_engine
+from sqlalchemy import Engine, event, insert, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from support import Server, environ, names, refuse_commit, serve_once, text
+
+from models import Item, create_tables
 
 Registry = scoped_session[Session]
 
@@ -208,12 +208,12 @@ def test_a_refused_commit_runs_no_callback(registry: Registry, ran: list[str]) -
 
 
 def test_a_session_thrown_away_runs_no_callback(registry: Registry, ran: list[str]) -> None:
-    """A session that the application removed with its work takes its callbacks along."""
+    """A session that the application closed with its work takes its callbacks along."""
 
     def work() -> None:
         registry.add(Item(name="x"))
         on_commit(registry, lambda: ran.append("called"))
-        registry.remove()
+        registry().close()
 
     with pytest.raises(TransactionDoomed):
         run(registry, work)
@@ -339,26 +339,24 @@ def test_the_observer_is_told_of_a_refused_commit(registry: Registry) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("raised", "seen_as"), [(SystemExit, SystemExit), (ValueError, CommitOutcomeUnknown)]
-)
-def test_the_observer_is_told_of_an_unknown_outcome(
-    raised: type[BaseException], seen_as: type[BaseException], registry: Registry, engine: Engine
+@pytest.mark.parametrize(("raised", "action"), [(SystemExit, "unknown"), (ValueError, "rollback")])
+def test_the_observer_is_told_of_an_interrupted_commit(
+    raised: type[BaseException], action: str, registry: Registry, engine: Engine
 ) -> None:
-    """What breaks COMMIT off, BaseException included, leaves the outcome unknown."""
+    """A hook that refuses is a rollback; after an interrupt nobody knows how far COMMIT came."""
     seen: list[Outcome] = []
 
     def interrupt(connection: object) -> None:
-        raise raised("in the middle of COMMIT")
+        raise raised("from a hook of COMMIT")
 
     def work() -> None:
         use(registry)
         event.listen(engine, "commit", interrupt, once=True)
 
     app = text(b"", before=work)
-    with pytest.raises(seen_as):
+    with pytest.raises(raised):
         serve_once(SessionMiddleware(app, registry, observer=seen.append))
-    assert [(o.action, type(o.error)) for o in seen] == [("unknown", seen_as)]
+    assert [(o.action, type(o.error)) for o in seen] == [(action, raised)]
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 

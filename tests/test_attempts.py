@@ -12,6 +12,16 @@ from typing import Any
 from wsgiref.validate import validator
 
 import pytest
+from sessionscope import (
+    CommitOutcomeUnknown,
+    Outcome,
+    SessionMiddleware,
+    TransactionDoomed,
+    engines,
+    on_commit,
+    session_scope,
+)
+from sessionscope.engines import make_engine
 from sqlalchemy import Connection, Engine, insert, select, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -30,9 +40,7 @@ from support import (
 )
 
 import middleware
-import models
-from middleware import Outcome, SessionMiddleware, TransactionDoomed, on_commit, session_scope
-from models import Item, make_engine
+from models import Item
 
 Registry = scoped_session[Session]
 
@@ -64,7 +72,7 @@ class Rival:
 @pytest.fixture
 def impatient(sqlite_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """An engine on the same file that does not wait for the lock."""
-    monkeypatch.setattr(models, "BUSY_TIMEOUT", 0.0)
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT", 0.0)
     made = make_engine(sqlite_url)
     yield made
     made.dispose()
@@ -554,7 +562,7 @@ def test_an_unknown_outcome_is_not_repeated(cut_off: Registry) -> None:
         calls.append(1)
         cut_off.execute(insert(Item).values(name="x"))
 
-    refuse_to_repeat(text(b"", before=work), cut_off, middleware.CommitOutcomeUnknown)
+    refuse_to_repeat(text(b"", before=work), cut_off, CommitOutcomeUnknown)
     assert len(calls) == 1
 
 
@@ -586,7 +594,7 @@ def test_an_inner_unknown_outcome_is_not_repeated(cut_off: Registry) -> None:
 
     def work() -> None:
         calls.append(1)
-        with suppress(middleware.CommitOutcomeUnknown), session_scope(cut_off) as session:
+        with suppress(CommitOutcomeUnknown), session_scope(cut_off) as session:
             session.execute(insert(Item).values(name="x"))
         raise StaleDataError
 
@@ -619,7 +627,7 @@ def test_work_thrown_away_is_not_repeated(registry: Registry) -> None:
     def work() -> None:
         calls.append(1)
         registry.add(Item(name="x"))
-        registry.remove()
+        registry().close()
 
     refuse_to_repeat(text(b"", before=work), registry, TransactionDoomed)
     assert len(calls) == 1
@@ -791,9 +799,9 @@ def test_the_outcome_tells_the_attempts(
     app = text(b"", before=busy.work)
     serve_once(SessionMiddleware(app, busy.registry, attempts=5, observer=seen.append))
     assert [(outcome.attempts, outcome.action) for outcome in seen] == [(3, "commit")]
-    assert [r.getMessage()[:37] for r in caplog.records if r.levelname == "WARNING"] == [
-        "GET /: attempt 1 of 5 failed, again: ",
-        "GET /: attempt 2 of 5 failed, again: ",
+    assert [r.getMessage()[:40] for r in caplog.records if r.levelname == "WARNING"] == [
+        "GET /: attempt 1 of 5 failed, retrying: ",
+        "GET /: attempt 2 of 5 failed, retrying: ",
     ]
 
 

@@ -7,15 +7,22 @@ from typing import Any
 
 import pytest
 from links import Link, linked
+from sessionscope import (
+    CommitOutcomeUnknown,
+    Outcome,
+    SessionMiddleware,
+    TransactionDoomed,
+    confirm,
+    on_commit,
+)
+from sessionscope.engines import make_engine
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import drop_tables, environ, make_tables, names, serve_once, text
 
-import middleware
-from middleware import CommitOutcomeUnknown, Outcome, SessionMiddleware, on_commit
-from models import Item, make_engine
+from models import Item
 
 Registry = scoped_session[Session]
 
@@ -172,7 +179,7 @@ def test_a_commit_that_stays_in_progress_is_unknown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where COMMIT runs on for longer than one may ask, its outcome is unknown."""
-    monkeypatch.setattr(middleware, "CONFIRM_PATIENCE", 0.2)
+    monkeypatch.setattr(confirm, "PATIENCE", 0.2)
     post = Post(engine, attempts=3)
     link.cut = "while it runs"
     with pytest.raises(CommitOutcomeUnknown) as caught:
@@ -185,7 +192,7 @@ def test_a_server_that_stays_away_leaves_it_unknown(
     engine: Engine, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nobody can be asked, the outcome is unknown."""
-    monkeypatch.setattr(middleware, "CONFIRM_PATIENCE", 0.2)
+    monkeypatch.setattr(confirm, "PATIENCE", 0.2)
     post = Post(engine, attempts=3)
     link.cut = "before its answer"
 
@@ -198,14 +205,18 @@ def test_a_server_that_stays_away_leaves_it_unknown(
     assert (post.action, post.calls) == ("unknown", 1)
 
 
-def test_what_wrote_nothing_is_a_success(engine: Engine, link: Link) -> None:
-    """A transaction that only read is a success whatever became of its COMMIT, unasked."""
+@pytest.mark.parametrize(("method", "asked"), [("GET", False), ("POST", True)])
+def test_a_read_whose_answer_was_lost_is_unknown(
+    method: str, asked: bool, engine: Engine, link: Link
+) -> None:
+    """That no id was taken proves nothing; a safe method that only read is not even asked."""
     registry: Registry = scoped_session(sessionmaker(engine))
     app = text(b"fine", before=lambda: registry.execute(sql("SELECT 1")))
     sent = statements(engine)
     link.cut = "before it arrives"
-    assert serve_once(SessionMiddleware(app, registry, confirm=True)).content == b"fine"
-    assert len(sent) == 2
+    with pytest.raises(CommitOutcomeUnknown):
+        serve_once(SessionMiddleware(app, registry, confirm=True), environ(method))
+    assert any("pg_current_xact_id_if_assigned" in statement for statement in sent) is asked
 
 
 def test_without_confirm_nobody_knows(engine: Engine, link: Link) -> None:
@@ -302,7 +313,7 @@ def test_an_own_commit_that_was_swallowed_and_not_done_is_doomed(
     post = Post(engine)
     post.app.app = text(b"fine", before=own_commit(post, swallowed=True))
     link.cut = "before it arrives"
-    with pytest.raises(middleware.TransactionDoomed):
+    with pytest.raises(TransactionDoomed):
         post.send()
     assert names(outside) == []
 

@@ -34,14 +34,15 @@ from conflicts import (
     witness,
 )
 from databases import Node, until
+from sessionscope import CommitOutcomeUnknown, TransactionDoomed
+from sessionscope.engines import make_engine
 from sqlalchemy import Engine, create_engine, event, func, insert, make_url, select, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from support import PATIENCE, names, refuse_commit
 
-from middleware import CommitOutcomeUnknown, TransactionDoomed
-from models import Item, make_engine
+from models import Item
 
 
 @pytest.fixture

@@ -14,6 +14,14 @@ from typing import Any
 
 import pytest
 from databases import until
+from sessionscope import (
+    CommitOutcomeUnknown,
+    Outcome,
+    SessionMiddleware,
+    TransactionDoomed,
+    session_scope,
+)
+from sessionscope.engines import make_engine
 from sqlalchemy import Engine, create_engine, event, insert, make_url, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
@@ -30,14 +38,7 @@ from support import (
     text,
 )
 
-from middleware import (
-    CommitOutcomeUnknown,
-    Outcome,
-    SessionMiddleware,
-    TransactionDoomed,
-    session_scope,
-)
-from models import Item, make_engine
+from models import Item
 
 Registry = scoped_session[Session]
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import item_service
 import pytest
 from item_service import Service, service_at
+from sessionscope import CommitOutcomeUnknown, engines
+from sessionscope.engines import make_engine
 from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, insert
 from sqlalchemy import text as sql
 from sqlalchemy.exc import IntegrityError
 from support import Server, environ, serve_once
 
-import models
-from errors import errors_as_json
-from middleware import CommitOutcomeUnknown
-from models import Base, Item, make_engine
+from models import Base, Item
+from web.errors import errors_as_json
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -100,7 +100,7 @@ def test_a_database_that_is_busy_is_no_error_of_ours(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While another program keeps the database locked a change is a 503, to be tried again."""
-    monkeypatch.setattr(models, "BUSY_TIMEOUT", 0.0)
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT", 0.0)
     with service_at(sqlite_url) as service:
         with service.outside.begin() as connection:
             connection.execute(insert(Item).values(name="soon"))

@@ -24,14 +24,14 @@ from ledger import (
     store_of,
     use_all_connections,
 )
+from sessionscope import CommitOutcomeUnknown, SessionMiddleware, confirm
+from sessionscope.engines import make_engine
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy import text as sql
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import PATIENCE, Answer, environ, fetch, serve_once, text
 
-import middleware
-from middleware import CommitOutcomeUnknown, SessionMiddleware
-from models import Base, Item, create_tables, make_engine
+from models import Base, Item, create_tables
 
 
 def engine_on(server: Node | PostgreSQLCluster) -> Iterator[Engine]:
@@ -305,7 +305,7 @@ def test_a_standby_is_not_believed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A replica that says committed is asked again, until it is promoted."""
-    monkeypatch.setattr(middleware, "CONFIRM_PATIENCE", PATIENCE)
+    monkeypatch.setattr(confirm, "PATIENCE", PATIENCE)
     cluster = postgresql_cluster
     any_of_them = f"{hosts([cluster.primary, *cluster.replicas])}&connect_timeout=3"
     engine = make_engine(f"postgresql+psycopg://tests@/postgres?{any_of_them}")

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import faults
 import pytest
+from sessionscope import CommitOutcomeUnknown, SessionMiddleware
+from sessionscope.engines import make_engine
 from shapes import CONTENTS, SHAPES
 from sqlalchemy import Engine, insert, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import Server, drop_tables, environ, make_tables, names
 
-from middleware import CommitOutcomeUnknown, SessionMiddleware
-from models import Item, make_engine
+from models import Item
 
 if TYPE_CHECKING:
     from shapes import Shape

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy.orm import scoped_session, sessionmaker
 from support import PATIENCE, Reply, environ, serve_once
 
-from health import Health
 from resources import make_app
-from router import Router
+from web.health import Health
+from web.router import Router
 
 
 def application(probe: Callable[[], object], patience: float = PATIENCE) -> Router:

@@ -14,6 +14,9 @@ from typing import Any
 
 import databases
 import pytest
+from sessionscope import SessionMiddleware, engines
+from sessionscope.databases import is_unavailable
+from sessionscope.engines import make_engine, make_reader
 from sqlalchemy import Connection, Engine, event, func, insert, inspect, make_url, select, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, TimeoutError
@@ -21,8 +24,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import PATIENCE, environ, names, serve_once, text
 
 import models
-from middleware import SessionMiddleware
-from models import Item, create_tables, is_unavailable, make_engine, make_probe, make_reader
+from models import Item, create_tables, make_probe
 
 Registry = scoped_session[Session]
 
@@ -122,7 +124,7 @@ def test_a_second_writer_is_stopped_at_begin(
     engine: Engine, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A transaction takes the write lock before its first statement."""
-    monkeypatch.setattr(models, "BUSY_TIMEOUT", 0)
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT", 0)
     with engine_for(sqlite_url) as second, second.connect() as connection:
         with engine.begin(), pytest.raises(OperationalError, match="database is locked") as caught:
             connection.begin()
@@ -353,7 +355,7 @@ def test_a_pool_without_a_connection_is_unavailable(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So is one whose connections are all in use for longer than one may wait."""
-    monkeypatch.setattr(models, "POOL_TIMEOUT", 0.01)
+    monkeypatch.setattr(engines, "POOL_TIMEOUT", 0.01)
     with engine_for(sqlite_url) as engine, engine.connect(), pytest.raises(TimeoutError) as caught:
         engine.connect()
     assert is_unavailable(caught.value)
@@ -363,7 +365,7 @@ def test_a_locked_database_is_unavailable(
     engine: Engine, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So is a database that another one keeps locked."""
-    monkeypatch.setattr(models, "BUSY_TIMEOUT", 0)
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT", 0)
     with engine.begin(), engine_for(sqlite_url) as second, pytest.raises(DBAPIError) as caught:
         second.connect().begin()
     assert is_unavailable(caught.value)

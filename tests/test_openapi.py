@@ -18,7 +18,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from support import environ, serve_once
 
 from resources import make_app
-from router import Router
+from web.router import Router
 
 service = item_service.service
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from sessionscope import SessionMiddleware, commit_on_success
 from sqlalchemy import Engine, event
 from sqlalchemy import text as sql
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import Server, environ, names, refuse_commit, serve_once, text
 
-from middleware import SessionMiddleware, commit_on_success
 from models import Item
 
 Registry = scoped_session[Session]

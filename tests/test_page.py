@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import processes
 import pytest
+from sessionscope import CommitOutcomeUnknown
 from sqlalchemy import Engine, delete, insert, select, update
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from support import PATIENCE, names
 
-from errors import errors_as_json
-from middleware import CommitOutcomeUnknown
 from models import Item
 from serve import create_app
+from web.errors import errors_as_json
 
 try:
     from browser import Missing, Visitor, chromium, visiting, visiting_app

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,6 @@ from support import environ, names, serve_once
 
 import middleware
 from models import Item
-
-# The installed library has another name, and two copies in one process would both listen.
-sys.modules["sessionscope.middleware"] = middleware
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

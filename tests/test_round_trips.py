@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from links import Link, linked
+from sessionscope import SessionMiddleware
+from sessionscope.engines import make_engine, make_reader
 from sqlalchemy import insert
 from sqlalchemy.orm import scoped_session, sessionmaker
 from support import drop_tables, environ, make_tables, serve_once
 
-from middleware import SessionMiddleware
-from models import Item, make_engine, make_reader
+from models import Item
 from resources import make_app
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, SERVE, Client, Process, create_many, listed, running, send, serve
+from sessionscope.engines import make_engine
 from support import PATIENCE, names
 
-from models import Base, make_engine
+from models import Base
 
 
 @pytest.fixture

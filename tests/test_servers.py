@@ -21,6 +21,8 @@ import databases
 import pytest
 import shapes
 from server_app import CONTENT, make_application
+from sessionscope import SessionMiddleware
+from sessionscope.engines import make_engine
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session
@@ -36,8 +38,7 @@ from support import (
     serving,
 )
 
-from middleware import SessionMiddleware
-from models import Item, make_engine
+from models import Item
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from processes import Client, Process, create_many, send, serve
+from sessionscope.engines import make_engine
 from sqlalchemy import Connection, text
 from support import PATIENCE, drop_tables, names
 
-from models import create_tables, make_engine
+from models import create_tables
 
 both_signals = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 

@@ -17,12 +17,13 @@ import pytest
 from clusters import GaleraCluster
 from conflicts import Counter, Request, change, leave, prepared, values, witness
 from processes import Client, serve
+from sessionscope.engines import make_engine
 from sqlalchemy import Engine, insert, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import SQLAlchemyError
 from support import PATIENCE, drop_tables, names
 
-from models import Item, create_tables, make_engine
+from models import Item, create_tables
 
 CLIENTS = 8
 """How many are at it at once; the service has as many threads."""

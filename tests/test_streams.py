@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sessionscope import SessionMiddleware
 from sqlalchemy import Engine, create_engine, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -20,7 +21,6 @@ from sqlalchemy.pool import QueuePool
 from support import PATIENCE, Server, environ, names, refuse_commit, serve_once, serving
 
 import middleware
-from middleware import SessionMiddleware
 from models import Item
 
 Registry = scoped_session[Session]
@@ -108,7 +108,7 @@ MEMORY = """
 import resource
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import scoped_session, sessionmaker
-from middleware import SessionMiddleware
+from sessionscope import SessionMiddleware
 registry = scoped_session(sessionmaker(create_engine("sqlite://")))
 def app(environ, start_response):
     start_response("200 OK", [])

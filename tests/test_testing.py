@@ -19,6 +19,16 @@ from urllib.parse import unquote
 from wsgiref.validate import validator
 
 import pytest
+from sessionscope import (
+    SessionMiddleware,
+    TransactionDoomed,
+    on_commit,
+    pytest_plugin,
+    session_scope,
+    testing,
+)
+from sessionscope.engines import make_engine, make_reader
+from sessionscope.testing import isolated
 from sqlalchemy import Connection, Engine, create_engine, delete, insert, inspect, select
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, UnboundExecutionError
@@ -27,18 +37,14 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from support import PATIENCE, drop_tables, environ, fetch, make_tables, names, serving, text
 from webtest import TestApp
 
-import pytest_plugin
-import testing
-from middleware import SessionMiddleware, TransactionDoomed, on_commit, session_scope
-from models import Item, make_engine, make_reader
-from testing import isolated
+from models import Item
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 Registry = scoped_session[Session]
 
-ROOT = Path(testing.__file__).parent
+ROOT = Path(testing.__file__).parents[1]
 
 
 def found(connection: Connection | Session | Registry) -> list[str | None]:
@@ -673,7 +679,7 @@ from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import (
     DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
 )
-from sessionscope.middleware import SessionMiddleware
+from sessionscope import SessionMiddleware
 
 class Base(DeclarativeBase): ...
 

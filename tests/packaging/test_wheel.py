@@ -23,7 +23,7 @@ WRAP_AN_APP = """
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from sessionscope.middleware import SessionMiddleware
+from sessionscope import SessionMiddleware
 
 engine = create_engine("sqlite://")
 with engine.begin() as connection:

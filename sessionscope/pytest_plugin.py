@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from .testing import Isolate  # type: ignore[import-not-found, unused-ignore]
+    from sessionscope.testing import Isolate
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def sessionscope_isolate() -> Iterator[Isolate]:
     What it returns and raises is that of `sessionscope.testing.isolated`.
     """
     # Imported here: pytest loads this module also where no test uses it.
-    from .testing import isolated
+    from sessionscope.testing import isolated
 
     with ExitStack() as blocks:
         yield lambda registry: blocks.enter_context(isolated(registry))

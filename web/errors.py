@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
+from sessionscope import CommitOutcomeUnknown
+from sessionscope.databases import is_unavailable
 from sqlalchemy.exc import IntegrityError
 
-from middleware import CommitOutcomeUnknown
-from models import is_unavailable
-from router import Refusal, Response, as_json
+from web.router import Refusal, Response, as_json
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

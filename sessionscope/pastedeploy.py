@@ -36,7 +36,7 @@ from configparser import ConfigParser
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from sessionscope.middleware import SessionMiddleware
+from sessionscope import SessionMiddleware
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 

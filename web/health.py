@@ -11,7 +11,7 @@ from time import monotonic
 
 import msgspec
 
-from router import JSONRequest, Refusal
+from web.router import JSONRequest, Refusal
 
 log = logging.getLogger("items")
 

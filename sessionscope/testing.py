@@ -128,9 +128,13 @@ class _Isolation:
             def get_bind(self, *args: Any, **options: Any) -> Connection:
                 return connection_of(super().get_bind(*args, **options))
 
-        event.listen(Isolated, "after_transaction_create", self.begun)
-        event.listen(Isolated, "after_commit", self.committed)
-        event.listen(Isolated, "after_transaction_end", self.ended)
+        for name, listener in (
+            ("after_transaction_create", self.begun),
+            ("after_commit", self.committed),
+            ("after_transaction_end", self.ended),
+        ):
+            event.listen(Isolated, name, listener)
+            self.stack.callback(event.remove, Isolated, name, listener)
         return Isolated
 
     def begun(self, session: Session, transaction: SessionTransaction) -> None:

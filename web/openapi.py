@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
-from errors import Failure
-from router import JSON, JSON_HEADERS, SAFE_METHODS, Error, JSONRequest, Response, etag_of
+from web.errors import Failure
+from web.router import JSON, JSON_HEADERS, SAFE_METHODS, Error, JSONRequest, Response, etag_of
 
 if TYPE_CHECKING:
-    from router import Resource, Route, Router
+    from web.router import Resource, Route, Router
 
 TEXT = {"type": "string"}
 REF = "#/components/schemas/{name}"

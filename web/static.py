@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import quote
 
-from router import JSONRequest, Response, etag_of
+from web.router import JSONRequest, Response, etag_of
 
 _SAFE = "!$&'()*+,;=:@"  # what a segment of a path may have besides (RFC 3986, 3.3)
 

@@ -1,0 +1,282 @@
+"""What drivers and databases say with their errors, and what the drivers know.
+
+Every function here takes what a driver raised or has, and answers one question about it.
+The facts were observed on real servers; the documentation of each database is cited where
+it says the same.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    OperationalError,
+    StatementError,
+    TimeoutError,
+)
+from sqlalchemy.orm.exc import StaleDataError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import ExceptionContext
+
+Code = str | int
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """What the error codes of one database mean; each pattern is matched against a whole code."""
+
+    transient: re.Pattern[str]
+    """The same request may succeed when it is tried again."""
+    aborts: re.Pattern[str]
+    """The database answers by undoing the whole transaction, or may do so."""
+    in_doubt: re.Pattern[str]
+    """Raised by COMMIT, it says nothing about whether COMMIT took effect."""
+    unavailable: re.Pattern[str]
+    """The database cannot serve now, but may be able to a little later."""
+
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html.  Every error aborts the
+# transaction there, and `is_aborted` asks for that.
+POSTGRESQL = Errors(
+    transient=re.compile("40001|40P01"),  # serialization failure, deadlock
+    aborts=re.compile("$^"),
+    in_doubt=re.compile("40003|08007"),  # statement completion, transaction resolution unknown
+    # Connection lost, try again, out of resources, an operator stepped in; a lock or a statement
+    # that timed out, a primary that has become a standby.
+    unavailable=re.compile("(08|40|53|57)...|55P03|25P03|25006"),
+)
+# https://mariadb.com/kb/en/mariadb-error-code-reference/
+MARIADB = Errors(
+    transient=re.compile("1205|1213|1020"),  # lock timeout, deadlock, changed since the snapshot
+    aborts=re.compile("1213|1020|1206|1637|1205"),  # the last only with a setting of the server
+    # Connection lost; Galera: not connected to the primary component, not ready.
+    in_doubt=re.compile("2013|1180|1047"),
+    unavailable=re.compile("1020|1040|1047|1053|1180|1203|1205|1213|1290|2002|2003|2006|2013"),
+)
+# https://www.sqlite.org/rescode.html; "aborts" is from
+# https://www.sqlite.org/lang_transaction.html, "Response To Errors Within A Transaction".
+SQLITE = Errors(
+    transient=re.compile("SQLITE_(BUSY|LOCKED).*"),
+    aborts=re.compile("SQLITE_(FULL|IOERR|NOMEM|BUSY|INTERRUPT|CONSTRAINT).*"),
+    in_doubt=re.compile("SQLITE_IOERR.*"),
+    unavailable=re.compile("SQLITE_(BUSY|LOCKED|FULL|IOERR|CANTOPEN).*"),
+)
+
+NODE_LOST = frozenset({1047, 1180})
+"""A Galera node outside the primary component: its connections are of no use."""
+
+REPEATS_EARLIER_ERROR = "25P02"
+"""PostgreSQL: an earlier error has aborted the transaction."""
+
+
+def error_code(error: BaseException | None) -> Code | None:
+    """Return MariaDB's number, PostgreSQL's SQLSTATE or SQLite's name of an error, or None.
+
+    The number goes first, because PyMySQL gives its errors an SQLSTATE as well.
+    """
+    original = getattr(error, "orig", error)
+    arguments = getattr(original, "args", ())
+    first = arguments[0] if arguments else None
+    if isinstance(first, int):
+        return first
+    if isinstance(first, dict) and isinstance(first.get("C"), str):  # pg8000
+        return str(first["C"])
+    for name in ("sqlstate", "pgcode", "sqlite_errorname"):
+        code = getattr(original, name, None)
+        if isinstance(code, str):
+            return code
+    return None
+
+
+def _errors_with(code: Code) -> Errors:
+    if isinstance(code, int):
+        return MARIADB
+    return SQLITE if code.startswith("SQLITE_") else POSTGRESQL
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Tell whether the same request may succeed when it is tried again.
+
+    A connection that was found dead counts; COMMIT was not sent on it.
+    """
+    if isinstance(error, StaleDataError):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    code = error_code(error)
+    if error.connection_invalidated:
+        return True
+    return code is not None and _errors_with(code).transient.fullmatch(str(code)) is not None
+
+
+def leaves_commit_unknown(error: BaseException | None) -> bool:
+    """Tell whether COMMIT may have taken effect although it raised *error*."""
+    if not isinstance(error, DBAPIError) or error.connection_invalidated:
+        return True
+    code = error_code(error)
+    if code is None:
+        return not isinstance(error, IntegrityError)
+    return _errors_with(code).in_doubt.fullmatch(str(code)) is not None
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Tell whether *error* says that the database cannot serve now, but may a little later.
+
+    It is down or starting, has no connection to spare, is locked, or met one conflict after
+    another.
+    """
+    if isinstance(error, TimeoutError):
+        return True  # of the pool
+    if not isinstance(error, DBAPIError):
+        return False
+    code = error_code(error)
+    if code is None:  # psycopg: no server has answered
+        return error.connection_invalidated or isinstance(error, OperationalError)
+    return _errors_with(code).unavailable.fullmatch(str(code)) is not None
+
+
+_COMMIT_PREPARED = re.compile(r"\s*(COMMIT PREPARED|XA COMMIT)", re.IGNORECASE)
+
+
+def is_of_transaction(context: ExceptionContext) -> bool:
+    """Tell whether BEGIN, COMMIT or ROLLBACK of the driver failed, and no statement or fetch."""
+    return context.statement is None and context.execution_context is None
+
+
+def is_of_commit(context: ExceptionContext) -> bool:
+    """Tell whether an error, raised while COMMIT is under way, is COMMIT's own.
+
+    SQLAlchemy reports one of PREPARE or COMMIT PREPARED twice, with its statement first.
+    """
+    if context.statement is not None:
+        return _COMMIT_PREPARED.match(context.statement) is not None
+    return is_of_transaction(context) and not isinstance(context.original_exception, StatementError)
+
+
+def driver_connection(connection: Connection) -> Any:
+    """Return the driver's own connection."""
+    return connection.connection.dbapi_connection
+
+
+def is_autocommit(connection: Connection) -> bool:
+    """Tell whether the driver commits each statement by itself; not for SQLite."""
+    try:
+        return connection.dialect.detect_autocommit_setting(driver_connection(connection))
+    except NotImplementedError:
+        return False
+
+
+def is_in_transaction(driver: Any, unknown: bool) -> bool:
+    """Tell whether the driver knows of an open transaction.
+
+    :param unknown: what is returned for a driver that does not know.
+    """
+    if isinstance(driver, sqlite3.Connection):
+        return driver.in_transaction
+    status = getattr(getattr(driver, "info", None), "transaction_status", None)
+    if status is not None:
+        return bool(status != 0)  # libpq's PQTRANS_IDLE
+    flags = getattr(driver, "server_status", None)  # PyMySQL
+    return unknown if flags is None else bool(flags & 1)  # SERVER_STATUS_IN_TRANS
+
+
+def aborts_transaction(connection: Connection, error: BaseException, had_work: bool) -> bool:
+    """Tell whether the database answered *error* by undoing the whole transaction.
+
+    :param had_work: on SQLite, that there was a transaction that could be undone.
+    """
+    code = error_code(error)
+    if code is None or not _errors_with(code).aborts.fullmatch(str(code)):
+        return False
+    if isinstance(code, str):  # SQLite may undo the statement alone, and the driver knows
+        return had_work and not driver_connection(connection).in_transaction
+    return code != 1205 or _aborts_on_timeout(connection)
+
+
+def _aborts_on_timeout(connection: Connection) -> bool:
+    """Ask MariaDB what a lock timeout undoes: the statement, or the transaction."""
+    try:
+        with driver_connection(connection).cursor() as cursor:
+            cursor.execute("SELECT @@innodb_rollback_on_timeout")
+            return bool(cursor.fetchone()[0])
+    except connection.dialect.loaded_dbapi.Error:
+        return True  # a node outside its cluster's majority, say, does not answer
+
+
+def is_aborted(connection: Connection, error: BaseException | None) -> bool:
+    """Tell whether PostgreSQL would answer COMMIT with a silent ROLLBACK.
+
+    :param error: what failed in the transaction on this connection, if anything did.
+    """
+    if connection.dialect.name != "postgresql":
+        return False
+    info = getattr(driver_connection(connection), "info", None)
+    status = getattr(info, "transaction_status", None)
+    if status is not None:
+        # libpq's PQTRANS_INERROR; and PQTRANS_IDLE after an error: it was committed as text.
+        return bool(status == 3 or (status == 0 and error is not None))
+    if error is None:
+        return False
+    try:
+        connection.execute(select(1))  # pg8000 does not know: ask the server
+    except DBAPIError:
+        return True
+    return False
+
+
+def begin_sqlite(connection: Connection) -> None:
+    """Send the BEGIN that SQLite's driver leaves out, so that RELEASE is no COMMIT.
+
+    https://www.sqlite.org/lang_savepoint.html.  In AUTOCOMMIT the driver shall send none.
+    """
+    driver = driver_connection(connection)
+    if not driver.in_transaction and driver.isolation_level is not None:
+        driver.execute("BEGIN")
+
+
+def begin_sqlite_again(connection: Connection) -> None:
+    """Keep SQLite from committing each later statement of a lost transaction by itself."""
+    driver = driver_connection(connection)
+    if connection.dialect.name == "sqlite" and driver.isolation_level is None:
+        driver.execute("BEGIN")
+
+
+_READS = frozenset({"SELECT", "VALUES", "WITH", "EXPLAIN", "SHOW", "PRAGMA", "DESCRIBE"})
+_STAYS_OPEN = _READS | {
+    "INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "SAVEPOINT", "RELEASE", "ROLLBACK", "SIGNAL",
+}  # fmt: skip
+_COMMITS = re.compile(r"\bCOMMIT\b|^\s*END\b", re.IGNORECASE)
+
+
+def is_read(statement: str) -> bool:
+    """Tell whether *statement* begins as one that only reads."""
+    return _first_word(statement) in _READS
+
+
+def may_have_committed(connection: Connection, statement: str, had_work: bool) -> bool:
+    """Tell whether *statement*, which went well, may have made the transaction durable.
+
+    COMMIT as text does, DDL on MariaDB, or a RELEASE of SQLite's outermost savepoint.
+
+    :param had_work: on SQLite, that there was a transaction to commit.
+    """
+    if _COMMITS.search(statement):
+        return True
+    driver = driver_connection(connection)
+    if connection.dialect.name == "sqlite":
+        return not driver.in_transaction and (had_work or not is_read(statement))
+    status = getattr(getattr(driver, "info", None), "transaction_status", None)
+    if status is not None:
+        return bool(status == 0)  # libpq's PQTRANS_IDLE
+    return _first_word(statement) not in _STAYS_OPEN
+
+
+def _first_word(statement: str) -> str:
+    return statement.lstrip(" \t\r\n(").split(None, 1)[0].upper() if statement.strip() else ""

@@ -1,0 +1,138 @@
+"""What SQLAlchemy tells us: all listeners, each of which calls what follows the session.
+
+They are registered once, for every Session and Engine of the process: they keep nothing
+alive, and a session that is none of ours pays a look at an attribute per transaction.
+Registered for a class they would run twice where one class inherits from another.
+
+``insert=True`` puts them before the listeners of the user.  Only the check before COMMIT must
+come last: see `_before_commit`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sessionscope.participants import participants_of
+from sessionscope.stage import entries
+from sessionscope.trackers import tracker_of
+from sqlalchemy import Connection, Engine, PoolResetState, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.orm import Session, SessionTransaction
+
+
+@event.listens_for(Engine, "handle_error", insert=True)
+def _handle_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    participants = [
+        participant
+        for participant in participants_of(connection.info)
+        if participant.connection is connection
+    ]
+    for participant in participants:
+        participant.on_error(context)
+    if not participants and connection.get_transaction() is None:
+        for entry in entries():
+            entry.on_begin_refused(context.sqlalchemy_exception or context.original_exception)
+
+
+@event.listens_for(Session, "after_transaction_create", insert=True)
+def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
+    tracker = tracker_of(session)
+    if tracker is not None:
+        if transaction.parent is None:
+            tracker.on_create()
+        elif transaction.nested:
+            tracker.on_savepoint()
+
+
+@event.listens_for(Session, "after_begin", insert=True)
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    tracker = tracker_of(session)
+    if tracker is not None and not transaction.nested:
+        pool = connection.engine.pool
+        if _reset not in pool.dispatch.reset:
+            event.listen(pool, "reset", _reset)
+        tracker.on_join(connection)
+
+
+def _reset(dbapi_connection: Any, record: Any, state: PoolResetState) -> None:
+    """Look at a connection that goes back to its pool; only pools that our sessions use do so."""
+    for participant in participants_of(record.info):
+        participant.on_return(dbapi_connection, state.transaction_was_reset)
+
+
+@event.listens_for(Session, "before_commit", insert=True)
+def _before_commit(session: Session) -> None:
+    """Have the check run behind all other hooks, those added late and of the session, too.
+
+    Listeners of an instance run after those of its class and its sessionmaker.
+    """
+    tracker = tracker_of(session)
+    if tracker is None or session.in_nested_transaction():
+        return
+    if len(session.dispatch.before_commit) == 1:
+        tracker.on_before_commit()
+        return
+    if event.contains(session, "before_commit", _last_before_commit):
+        event.remove(session, "before_commit", _last_before_commit)
+    event.listen(session, "before_commit", _last_before_commit)
+
+
+def _last_before_commit(session: Session) -> None:
+    tracker = tracker_of(session)
+    if tracker is not None and not session.in_nested_transaction():
+        tracker.on_before_commit()
+
+
+@event.listens_for(Session, "after_commit", insert=True)
+def _after_commit(session: Session) -> None:
+    tracker, savepoint = tracker_of(session), session.get_nested_transaction()
+    if savepoint is not None:
+        if tracker is not None:
+            tracker.on_savepoint_released(savepoint)
+        return
+    for entry in entries():
+        entry.on_commit_of(None if tracker is None else tracker.transaction)
+    if tracker is not None:
+        tracker.on_commit()
+
+
+@event.listens_for(Session, "after_rollback", insert=True)
+def _after_rollback(session: Session) -> None:
+    tracker = tracker_of(session)
+    if tracker is not None and not session.in_nested_transaction():
+        tracker.on_undone()
+
+
+@event.listens_for(Session, "after_transaction_end", insert=True)
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    tracker = tracker_of(session)
+    if tracker is not None:
+        if transaction.parent is None:
+            tracker.on_end()
+        elif transaction.nested:
+            tracker.on_savepoint_ended(transaction)
+
+
+@event.listens_for(Session, "after_soft_rollback", insert=True)
+def _after_soft_rollback(session: Session, previous_transaction: SessionTransaction) -> None:
+    # Comes after the end of the transaction; close() has no such event.
+    tracker = tracker_of(session)
+    if tracker is not None and previous_transaction.parent is None:
+        tracker.on_rollback()
+
+
+@event.listens_for(Session, "after_flush", insert=True)
+def _after_flush(session: Session, flush_context: object) -> None:
+    tracker = tracker_of(session)
+    if tracker is not None:
+        tracker.on_flush()
+
+
+@event.listens_for(Session, "transient_to_pending", insert=True)
+def _transient_to_pending(session: Session, instance: object) -> None:
+    tracker = tracker_of(session)
+    if tracker is not None:
+        tracker.on_pending()

@@ -1,0 +1,179 @@
+"""One connection of a transaction, and what its driver has said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from sessionscope import databases
+from sessionscope.stage import log
+from sessionscope.states import State
+from sqlalchemy import event
+
+if TYPE_CHECKING:
+    from sessionscope.transactions import Transaction
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import ExceptionContext
+
+_MARK = "sessionscope"
+"""The key in ``Connection.info`` that holds its participants: sessions may share it."""
+
+
+def participants_of(info: dict[Any, Any]) -> list[Participant]:
+    """Return the participants of the transactions that a connection is in."""
+    return list(info.get(_MARK, ()))
+
+
+class Participant:
+    """One connection of a transaction, and what its driver has said."""
+
+    def __init__(self, owner: Transaction, connection: Connection) -> None:
+        self.owner = owner
+        self.connection = connection
+        self.transaction = connection.get_nested_transaction() or connection.get_transaction()
+        self.listeners: list[tuple[str, Callable[..., None]]] = []
+        self.error: BaseException | None = None
+        """What failed first here."""
+        self.aborted = False
+        """An error made the database undo everything."""
+        self.commit_sent = False
+        """Only known of a transaction of several connections, or of one that is watched."""
+        self.wrote = False
+        """SQLite's driver had changed rows when the connection was returned."""
+        self.begun = False
+        """SQLite's driver has been seen in a transaction."""
+        self.changes: int | None = None
+        """Rows that SQLite's driver had changed when the transaction began."""
+        self.in_autocommit: bool | None = None
+        if connection.dialect.name == "sqlite":
+            driver = databases.driver_connection(connection)
+            self.begun, self.changes = driver.in_transaction, driver.total_changes
+            self.in_autocommit = not self.begun and driver.isolation_level is None
+        # Weak, since the pool keeps it: a stream that is dropped without close() must be freed.
+        self.others: WeakSet[Participant] = connection.info.setdefault(_MARK, WeakSet())
+        self.others.add(self)
+
+    def leave(self) -> None:
+        self.others.discard(self)
+        for name, listener in self.listeners:
+            event.remove(self.connection, name, listener)
+        self.listeners.clear()
+
+    def watch_statements(self) -> None:
+        """Look at each statement for one that may make work durable."""
+        self._listen("after_cursor_execute", self.on_statement)
+        self.watch_commit()
+
+    def watch_commit(self) -> None:
+        """Hear of each COMMIT, just before it is sent."""
+        if not any(name == "commit" for name, _ in self.listeners):
+            self._listen("commit", self.on_commit)
+            self._listen("commit_twophase", self.on_commit)
+
+    def _listen(self, name: str, listener: Callable[..., None]) -> None:
+        event.listen(self.connection, name, listener)
+        self.listeners.append((name, listener))
+
+    def on_flush(self) -> None:
+        if self.changes is not None and not self.begun and not self.connection.invalidated:
+            self.begun = databases.driver_connection(self.connection).in_transaction
+
+    def begin_sqlite(self) -> None:
+        """Send the BEGIN that SQLite's driver has left out so far."""
+        if self.changes is not None and not self.begun:
+            databases.begin_sqlite(self.connection)
+            self.on_flush()
+
+    def is_autocommit(self) -> bool:
+        """Tell whether the driver commits each statement by itself."""
+        if self.in_autocommit is None and not self.connection.invalidated:
+            self.in_autocommit = databases.is_autocommit(self.connection)
+        return bool(self.in_autocommit)
+
+    def has_written(self) -> bool:
+        """Tell whether SQLite's driver has changed rows; False where nobody knows."""
+        if self.changes is None or self.connection.closed or self.connection.invalidated:
+            return self.wrote
+        driver = databases.driver_connection(self.connection)
+        return bool(driver.total_changes != self.changes)
+
+    def is_lost(self) -> bool:
+        """Tell whether COMMIT would keep nothing, or only a part."""
+        connection = self.connection
+        if self.aborted or connection.invalidated:
+            return True
+        if self.begun and not databases.driver_connection(connection).in_transaction:
+            return True
+        return databases.is_aborted(connection, self.error)
+
+    def is_touched(self) -> bool:
+        """Tell whether a COMMIT or a ROLLBACK was begun here."""
+        return self.transaction is not None and not self.transaction.is_active
+
+    def commit_returned(self) -> bool:
+        """Tell whether COMMIT went well here, if nobody has rolled back.
+
+        SQLAlchemy takes a transaction from its connection when COMMIT returned, and leaves it
+        there, inactive, when COMMIT raised.
+        """
+        connection, own = self.connection, self.transaction
+        return own not in (connection.get_nested_transaction(), connection.get_transaction())
+
+    def on_return(self, driver: Any, claimed: bool) -> None:
+        """The connection goes back to its pool.
+
+        :param claimed: SQLAlchemy holds that its transaction is over.  It is not if COMMIT
+            failed and the session was closed: the next user would commit this work.
+        """
+        if self.changes is not None:
+            self.wrote = driver.total_changes != self.changes
+        if claimed and databases.is_in_transaction(driver, self.owner.is_commit_refused()):
+            driver.rollback()
+
+    def on_statement(
+        self, connection: Connection, cursor: Any, statement: str, *_context: Any
+    ) -> None:
+        had_work = self.begun or self.has_written()
+        self.owner.wrote |= not databases.is_read(statement)
+        if self.is_autocommit():
+            if not self.owner.safe:
+                self.owner.on_durable()
+        elif databases.may_have_committed(connection, statement, had_work):
+            self.owner.on_durable()
+
+    def on_commit(self, connection: Connection, *_details: object) -> None:
+        if self.owner.state is State.COMMITTING:
+            self.commit_sent = True
+        else:
+            self.owner.on_durable()  # Connection.commit(), called by the application
+
+    def on_error(self, context: ExceptionContext) -> None:
+        """Hear of an error on the connection, before anybody can swallow or translate it."""
+        error = context.sqlalchemy_exception or context.original_exception
+        owner, connection = self.owner, self.connection
+        if databases.error_code(error) in databases.NODE_LOST:
+            context.is_disconnect = True  # SQLAlchemy does not count it as one
+            context.invalidate_pool_on_disconnect = False
+        owner.note_error(error)
+        self.error = self.error or error
+        if not (self.aborted or context.is_disconnect or self.is_autocommit()):
+            had_work = self.begun or self.has_written()
+            self.aborted = databases.aborts_transaction(connection, error, had_work)
+            if self.aborted:
+                databases.begin_sqlite_again(connection)
+        if owner.state is State.COMMITTING:
+            if databases.is_of_commit(context):
+                owner.on_commit_error(error)
+            elif connection.dialect.name == "postgresql":
+                self.aborted = True  # by a hook of COMMIT, after the last check
+
+    def discard(self) -> None:
+        """Close a connection that SQLAlchemy failed to close, before another request gets it."""
+        connection = self.connection
+        try:
+            if not connection.closed:
+                connection.invalidate()
+                connection.close()
+        except Exception:
+            log.exception("a connection could not be discarded")

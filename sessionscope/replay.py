@@ -1,0 +1,116 @@
+"""A request that can be made again: its environ, and its body."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from tempfile import SpooledTemporaryFile
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIEnvironment
+
+RECORD_IN_MEMORY = 1024 * 1024
+"""Bytes of a body that are kept in memory for another attempt; more go to a temporary file."""
+
+
+class Replay:
+    """The environ and the body of a request, as they were when it came.
+
+    A body that cannot be rewound is recorded while the application reads it, so nothing is
+    read that the application does not ask for.
+
+    :param environ: its ``wsgi.input`` is replaced where the body must be recorded.
+    """
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        self.environ = environ
+        self.position = 0
+        stream: Any = environ.get("wsgi.input")
+        try:
+            rewindable = stream.seekable()
+            if rewindable:
+                self.position = stream.tell()
+        except (AttributeError, OSError):
+            rewindable = False
+        if stream is not None and not rewindable:
+            environ["wsgi.input"] = Recorder(stream)
+        self.at_entry = environ.copy()
+
+    def is_possible(self) -> bool:
+        """Tell whether the body can be read again: the application may have closed it."""
+        stream: Any = self.at_entry.get("wsgi.input")
+        return not getattr(stream, "closed", False)
+
+    def rewind(self) -> None:
+        """Set everything back for another attempt."""
+        self.environ.clear()
+        self.environ.update(self.at_entry)
+        stream: Any = self.environ.get("wsgi.input")
+        if stream is not None:
+            stream.seek(self.position)
+
+
+class Recorder:
+    """``wsgi.input`` (PEP 3333, "Input and Error Streams") over a recording.
+
+    What it has beyond PEP 3333 is the server's.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.record = SpooledTemporaryFile(max_size=RECORD_IN_MEMORY)  # noqa: SIM115
+        self.recorded = 0
+        self.replayed = 0
+        self.finalizer = weakref.finalize(self, self.record.close)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def seek(self, position: int) -> None:
+        self.record.seek(position)
+        self.replayed = position
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._take(self.record.read, self.source.read, size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._take(self.record.readline, self.source.readline, size, until=b"\n")
+
+    def readlines(self, hint: int | None = -1) -> list[bytes]:
+        lines, size = [], 0
+        for line in self:
+            lines.append(line)
+            size += len(line)
+            if hint is not None and 0 < hint <= size:
+                break
+        return lines
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+    def _take(
+        self,
+        replay: Callable[[int], bytes],
+        receive: Callable[..., bytes],
+        size: int | None,
+        until: bytes | None = None,
+    ) -> bytes:
+        """Return what is recorded, and then what the server has not given yet."""
+        size = -1 if size is None else size
+        if self.replayed == self.recorded:
+            return self._keep(receive(size) if size >= 0 else receive())
+        known = replay(size)
+        self.replayed += len(known)
+        left = size - len(known)
+        if self.replayed < self.recorded or left == 0 or (until and known.endswith(until)):
+            return known
+        return known + self._keep(receive(left) if size >= 0 else receive())
+
+    def _keep(self, data: bytes) -> bytes:
+        if len(data) > RECORD_IN_MEMORY:
+            self.record.rollover()  # a large piece goes to disk without a copy in memory
+        self.record.write(data)
+        self.recorded += len(data)
+        self.replayed = self.recorded
+        return data

@@ -1,0 +1,246 @@
+"""The response as PEP 3333 (https://peps.python.org/pep-3333/) and RFC 9110 see it.
+
+Which heads a server may refuse, after how many bytes a response is complete, and a streamed
+body that holds back the chunk that would complete it.  Nothing here knows of sessions.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+from wsgiref.util import is_hop_by_hop
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+    Headers = list[tuple[str, str]]
+
+log = logging.getLogger("sessionscope")
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, 9.2.1
+
+END: Any = object()
+"""What stands for a chunk when there are no more."""
+
+_NOTHING: Any = object()
+
+_SUCCESS = frozenset(f"{code}{end}" for code in range(200, 400) for end in ("", " "))
+_LENGTH = re.compile(r"[ \t]*([0-9]+)[ \t]*")  # RFC 9110, 5.5: space around is no part of it
+_DIGITS = re.compile(r"[0-9]+")
+_STATUS = re.compile(r"[0-9]{3} [^ ].*")
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2, "token"
+_CONTROL = bytes(byte == 127 or (byte < 32 and byte != 9) for byte in range(256))
+
+
+def is_success(status: object) -> bool:
+    """Tell whether *status* is 2xx or 3xx; False for what is no status."""
+    return isinstance(status, str) and status[:4] in _SUCCESS
+
+
+class Head:
+    """Status and headers as the application gave them to ``start_response``."""
+
+    def __init__(self, method: str, status: str, headers: Headers, exc_info: Any) -> None:
+        self.method = method
+        self.status = status
+        # The application may change its list afterwards, and the server the one that it
+        # gets, so each has its own and we read a third.
+        self.odd = type(headers) is not list
+        self.headers: Any = list(headers) if isinstance(headers, (list, Iterator)) else headers
+        self.exc_info = exc_info
+        self.sent = False
+
+    @cached_property
+    def may_be_refused(self) -> bool:
+        """Whether a server may refuse the head when it gets it.
+
+        PEP 3333, "Unicode Issues" and "Other HTTP Features"; RFC 9110, 5.1 and 5.5.
+        """
+        if self.odd or type(self.status) is not str or not _STATUS.fullmatch(self.status):
+            return True
+        try:
+            for header in self.headers:
+                name, value = header
+                if type(header) is not tuple or type(name) is not str or type(value) is not str:
+                    return True
+                if is_hop_by_hop(name) or not _NAME.fullmatch(name):
+                    return True
+                if name.lower() == "content-length" and not _DIGITS.fullmatch(value):
+                    return True
+            text = self.status + "".join(value for _, value in self.headers)
+            return 1 in text.encode("latin-1").translate(_CONTROL)
+        except (TypeError, ValueError):
+            return True
+
+    @cached_property
+    def length(self) -> int | None:
+        """After how many bytes the response is complete; None where only its end tells.
+
+        Of several Content-Length, also in one field, the smallest counts (RFC 9110, 8.6).
+        """
+        status = self.status
+        if self.method == "HEAD" or (isinstance(status, str) and status[:3] in ("204", "304")):
+            return 0
+        lengths: list[int] = []
+        try:
+            for name, value in self.headers:
+                if name.lower() == "content-length":
+                    found = [_LENGTH.fullmatch(one) for one in value.split(",")]
+                    lengths += [int(one[1]) for one in found if one is not None]
+        except (TypeError, ValueError, AttributeError):
+            return None  # the server shall say what it thinks of these headers
+        return min(lengths, default=None)
+
+    def send(self, start_response: StartResponse) -> None:
+        """Give the head to the server, which may refuse it by raising."""
+        self.sent = True
+        headers = self.headers.copy() if isinstance(self.headers, list) else self.headers
+        if self.exc_info is None:
+            start_response(self.status, headers)
+        else:
+            exc_info, self.exc_info = self.exc_info, None  # PEP 3333: no cycle of frames
+            start_response(self.status, headers, exc_info)
+
+
+def is_whole(body: object, environ: WSGIEnvironment) -> bool:
+    """Tell whether iterating *body* runs none of the application's code."""
+    if isinstance(body, (list, tuple)):
+        return type(body).__iter__ in (list.__iter__, tuple.__iter__)
+    if not hasattr(body, "__iter__") and not hasattr(body, "__getitem__"):
+        return True  # no body at all: the server shall say so
+    wrapper = environ.get("wsgi.file_wrapper")
+    if isinstance(wrapper, type):
+        if type(body) is not wrapper:
+            return False
+        # wsgiref and gunicorn call it filelike, waitress calls it file.
+        return _is_file(getattr(body, "filelike", None) or getattr(body, "file", None))
+    # uWSGI's wrapper is a function that returns the file itself.
+    return wrapper is not None and _is_file(body)
+
+
+def _is_file(file: Any) -> bool:
+    """Tell whether reading *file* runs no Python code: it is a file, or a buffer in memory.
+
+    One of ``io``'s readers has a ``fileno()`` if what it reads from has.
+    """
+    if type(file) is io.BytesIO:
+        return True
+    try:
+        return isinstance(file.fileno(), int)
+    except (AttributeError, OSError):
+        return False
+
+
+def size_of(chunk: Any) -> int:
+    """Return the bytes in a chunk; what has no size is the server's to refuse, so not empty."""
+    if isinstance(chunk, memoryview):
+        return chunk.nbytes
+    return len(chunk) if hasattr(chunk, "__len__") else 1
+
+
+def _keep(chunk: Any) -> Any:
+    """Return *chunk*, or a copy if the application could change it while it is held."""
+    return bytes(chunk) if isinstance(chunk, (bytearray, memoryview)) else chunk
+
+
+class Source(Protocol):
+    """Where a `StreamedBody` gets its chunks from."""
+
+    @property
+    def head(self) -> Head | None:
+        """What was given to ``start_response`` last."""
+
+    def pull(self) -> Any:
+        """Return the next chunk; `END` when all that the chunks stand for is settled."""
+
+    def finish(self) -> None:
+        """Close the application's iterable."""
+
+    def release(self) -> None:
+        """Let go of everything; may be called twice."""
+
+
+class StreamedBody:
+    """A response that is made while it is sent.
+
+    Chunks leave as they come, but for the one that completes the Content-Length: that leaves
+    when the source has ended.  An iterator with ``close()`` and no generator, because a
+    generator that is closed before its first ``next()`` never runs its ``finally``.
+
+    :param name: what the log calls the response.
+    """
+
+    def __init__(self, source: Source, name: Callable[[], str]) -> None:
+        self.source = source
+        self.name = name
+        self.head: Head | None = None
+        self.received = 0
+        self.first: Any = _NOTHING
+
+    def prefetch(self) -> None:
+        """Get the first chunk that has bytes.
+
+        Inside the call of the application, because some servers take the head between the
+        call and the first ``next()``.
+        """
+        self.first = self._advance()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        chunk, self.first = self.first, _NOTHING
+        if chunk is _NOTHING:
+            chunk = self._advance()
+        if chunk is END:
+            self.first = END
+            raise StopIteration
+        return chunk  # type: ignore[no-any-return]
+
+    def _advance(self) -> Any:
+        """Return the next chunk that may leave; `END` after the last."""
+        withheld = END
+        while (chunk := self.source.pull()) is not END:
+            if self.source.head is not self.head:  # the new head takes back the old one's body
+                self.head, withheld, self.received = self.source.head, END, 0
+            length = None if self.head is None else self.head.length
+            size = size_of(chunk)
+            if size == 0:
+                if self.head is not None and self.head.sent and withheld is END:
+                    return chunk
+            elif length is None or self.received + size < length:
+                self.received += size
+                return chunk
+            elif self.received < length:
+                self.received += size
+                withheld = _keep(chunk)
+            else:
+                self._log_excess(size)
+        if withheld is END:
+            self._log_shortage()
+        return withheld
+
+    def _log_excess(self, size: int) -> None:
+        # A server must not send what a HEAD response has in its body (RFC 9110, 9.3.2), and
+        # many applications leave dropping it to the server.
+        if self.head is not None and self.head.method != "HEAD":
+            log.warning("%s: %d bytes beyond the Content-Length were dropped", self.name(), size)
+
+    def _log_shortage(self) -> None:
+        length = None if self.head is None else self.head.length
+        if length is not None and self.received < length:
+            log.warning(
+                "%s: the body ended after %d of %d bytes", self.name(), self.received, length
+            )
+
+    def close(self) -> None:
+        """End the request: PEP 3333 has the server call this, whatever happened."""
+        self.first = END
+        try:
+            self.source.finish()
+        finally:
+            self.source.release()  # also when an interrupt struck in finish()

@@ -1,0 +1,233 @@
+"""Which session a ``scoped_session`` shows to which code.
+
+A session belongs to the code of its request or ``session_scope``, wherever that runs: in
+another thread or event loop, in a greenlet, under a changing ``scopefunc``.  So what is on
+stage is kept in a context variable (PEP 567), as the top of an immutable linked list of
+nodes.  The user's ``scoped_session`` gets a `StagedRegistry`, which asks that list first and
+the user's own registry if nothing on it is of this registry.
+
+A list that is immutable, because tasks and threads that carry a copy of the context share
+its nodes: each opens and leaves scopes of its own and disturbs nobody.  The one change that
+all of them see is that a node is closed; look-ups skip it then.
+
+An `Entry` is what a node has on stage: the unit of work of a request or a scope, or an
+`Aside`, which hides it from code that is not the request's.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context, ContextVar, copy_context
+from threading import Lock
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.util import ScopedRegistry
+
+Registry = scoped_session[Any]
+T = TypeVar("T")
+
+log = logging.getLogger("sessionscope")
+
+
+class Entry(Protocol):
+    """What may be on stage, and what the calls of a ``scoped_session`` mean to it."""
+
+    stage: StagedRegistry
+
+    def show(self) -> Session:
+        """Return the session for ``registry()``."""
+
+    def has(self) -> bool:
+        """Tell whether there is a session that ``registry.remove()`` shall close."""
+
+    def replace(self, session: Session) -> None:
+        """Show *session* from now on."""
+
+    def clear(self) -> None:
+        """Hear of the end of ``registry.remove()``."""
+
+    def on_begin_refused(self, error: BaseException) -> None:
+        """Hear that BEGIN failed on a connection that belongs to no session yet."""
+
+    def on_commit_of(self, transaction: object) -> None:
+        """Hear that work of *transaction*, of whatever session, is durable or may be."""
+
+
+class Node:
+    """A place in the list of what is on stage."""
+
+    __slots__ = ("entry", "parent")
+
+    def __init__(self, entry: Entry, parent: Node | None) -> None:
+        self.entry: Entry | None = entry
+        """None when the node is closed."""
+        self.parent = parent
+
+
+_active: ContextVar[Node | None] = ContextVar("sessionscope", default=None)
+
+
+def entries() -> Iterator[Entry]:
+    """Iterate over what is on stage for the running code, the innermost first."""
+    node = _active.get()
+    while node is not None:
+        if node.entry is not None:
+            yield node.entry
+        node = node.parent
+
+
+def _open_node(entry: Entry) -> Node:
+    parent = _active.get()
+    while parent is not None and parent.entry is None:
+        parent = parent.parent
+    return Node(entry, parent)
+
+
+class Position:
+    """Where the code of one request stands, between the calls in which it runs.
+
+    ``with position:`` puts its session on stage and takes it off afterwards.  Scopes that
+    the request left open, in a generator for instance, are suspended and resumed with it.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        self.base = self.top = _open_node(entry)
+        self.outer: Node | None = None
+
+    def __enter__(self) -> None:
+        self.outer = _active.get()
+        _active.set(self.top)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.top = _active.get() or self.base
+        _active.set(self.outer)
+        self.outer = None
+
+    def close(self) -> None:
+        """Take the session off stage for everybody; may be called twice."""
+        self.base.entry = None
+        self.top = self.base
+
+
+@contextmanager
+def on_stage(entry: Entry) -> Iterator[None]:
+    """Put *entry* on stage while the block runs, for it and for what it starts."""
+    node = _open_node(entry)
+    try:
+        _active.set(node)
+        yield
+    finally:
+        try:
+            if _active.get() is node:  # not when it is closed elsewhere, by the garbage collector
+                _active.set(node.parent)
+        finally:
+            node.entry = None
+
+
+class StagedRegistry(ScopedRegistry[Any]):
+    """The registry of a ``scoped_session``: what is on stage, or else the user's own.
+
+    ``createfunc``, ``scopefunc`` and ``registry`` are those of the user's own.
+    """
+
+    __slots__ = ("own",)
+
+    def __init__(self, own: ScopedRegistry[Any]) -> None:
+        self.own = own
+
+    createfunc = property(lambda self: self.own.createfunc)
+    scopefunc = property(lambda self: self.own.scopefunc)
+    registry = property(lambda self: self.own.registry)
+
+    def current(self) -> Entry | None:
+        """Return what is on stage of this registry, for the running code."""
+        node = _active.get()
+        while node is not None:
+            entry = node.entry
+            if entry is not None and entry.stage is self:
+                return entry
+            node = node.parent
+        return None
+
+    def __call__(self) -> Any:
+        entry = self.current()
+        return self.own() if entry is None else entry.show()
+
+    def has(self) -> bool:
+        entry = self.current()
+        return self.own.has() if entry is None else entry.has()
+
+    def set(self, obj: Any) -> None:
+        entry = self.current()
+        if entry is None:
+            self.own.set(obj)
+        else:
+            entry.replace(obj)
+
+    def clear(self) -> None:
+        entry = self.current()
+        if entry is None:
+            self.own.clear()
+        else:
+            entry.clear()
+
+
+_installing = Lock()
+
+
+def staged(registry: Registry) -> StagedRegistry:
+    """Return the `StagedRegistry` of *registry*, which is installed if there is none yet."""
+    found = registry.registry
+    if type(found) is StagedRegistry:
+        return found
+    with _installing:
+        found = registry.registry
+        if type(found) is not StagedRegistry:
+            found = registry.registry = StagedRegistry(found)
+    return found
+
+
+_MISSING: Any = object()
+
+
+class AppContext:
+    """The context variables (PEP 567) that the application's code sees.
+
+    COMMIT, ROLLBACK and callbacks run when a framework has already taken back what it had
+    set for the request.  They run in a copy of the current context, in which each variable
+    that has returned to its value before the call has the value that it had when the
+    application called ``start_response``.
+    """
+
+    def __init__(self) -> None:
+        self.before = copy_context()
+        self.at_start_response: Context | None = None
+
+    def note_start_response(self) -> None:
+        self.at_start_response = copy_context()
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Call *function* in the application's context."""
+        context = copy_context()
+        for variable, value in (self.at_start_response or {}).items():
+            now = context.get(variable, _MISSING)
+            if now is not value and now is self.before.get(variable, _MISSING):
+                context.run(variable.set, value)
+        return context.run(function, *args)
+
+    def drop(self) -> None:
+        """Let go of the values."""
+        self.before, self.at_start_response = Context(), None
+
+
+def caller() -> str:
+    """Return file and line of the code that called into SQLAlchemy or into this library."""
+    frame = sys._getframe(1)
+    passed = ("sessionscope", "sqlalchemy", "contextlib")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

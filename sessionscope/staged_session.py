@@ -1,0 +1,110 @@
+"""The session of a unit of work as the application finds it in its registry.
+
+What `sessionscope.stage` asks of it: which session to show, what ``remove()`` means, and what
+the application has thrown away or put in its place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sessionscope.errors import TransactionDoomed
+from sessionscope.guests import Seat
+from sessionscope.stage import caller, entries, log, staged
+from sessionscope.states import Event, State
+from sessionscope.trackers import SessionTracker, has_changes
+from sqlalchemy import Connection, Engine
+
+if TYPE_CHECKING:
+    from sessionscope.stage import Registry
+    from sessionscope.transactions import Transaction
+    from sqlalchemy.orm import Session
+
+
+class StagedSession(SessionTracker):
+    """A new session of a registry, shown there to the code that it is for.
+
+    :param registry: makes the session.
+    :param reader: an Engine to bind the session to.
+    :param safe: that the request's method is safe (RFC 9110, 9.2.1).
+    :param watched: that the request may be repeated, so every statement is looked at.
+    :param warned: places in the application that the log has warned of.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        reader: Engine | None,
+        safe: bool,
+        watched: bool,
+        warned: set[str],
+    ) -> None:
+        session = registry.session_factory()
+        if reader is not None and not isinstance(session.bind, Connection):
+            session.bind = reader
+        outer = any(getattr(entry, "watched", False) for entry in entries())
+        super().__init__(session, safe, watched or outer)
+        self.registry = registry
+        self.stage = staged(registry)
+        self.warned = warned
+        self.seat = Seat()
+        self.removed_at: str | None = None
+        """Where ``remove()`` was called while the session held work."""
+
+    def show(self) -> Session:
+        if self.removed_at is not None:
+            self.warn_once(
+                f"{self.removed_at} removed a session that held work, and the application uses "
+                "the registry again: the work is kept, and the response decides; rollback() "
+                "discards it"
+            )
+            self.removed_at = None
+        return self.seat.session or self.session
+
+    def has(self) -> bool:
+        """False for the session itself, so that ``remove()`` never closes it."""
+        return self.seat.session is not None
+
+    def replace(self, session: Session) -> None:
+        if session is self.session:
+            self.seat.leave()
+        else:
+            self.seat.take(session)
+
+    def clear(self) -> None:
+        """Keep the work on ``remove()``, unless an error has spoiled it already."""
+        if self.seat.session is not None:
+            self.seat.leave()
+            return
+        transaction = self.transaction
+        if transaction is None or not self.session.in_transaction():
+            return
+        if self.has_failed(transaction):
+            transaction.handle(Event.REMOVED)
+            self.session.rollback()
+        elif transaction.has_begun() or has_changes(self.session):
+            self.removed_at = caller()
+
+    def has_failed(self, transaction: Transaction) -> bool:
+        """Tell whether only ROLLBACK is left."""
+        if transaction.state is State.COMMITTING and self.session.twophase:
+            # The application has prepared it, unless a COMMIT was tried already.
+            return any(participant.is_touched() for participant in transaction.participants)
+        return not self.session.is_active or transaction.is_lost()
+
+    def refuse_lost_work(self) -> None:
+        """Raise `TransactionDoomed` if the application threw work away.
+
+        A safe method that only read has lost nothing; the log says so once per place.
+        """
+        for sentence in self.seat.work_left():
+            raise TransactionDoomed(sentence)
+        for sentence, transaction in self.lost_work():
+            if transaction.wrote or not self.safe:
+                raise TransactionDoomed(sentence)
+            self.warn_once(sentence)
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            log.warning(message)

@@ -1,0 +1,169 @@
+"""What follows a Session: `sessionscope.events` calls it when something happens."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from sessionscope.errors import closed_with_work
+from sessionscope.stage import caller, log
+from sessionscope.states import Event, State
+from sessionscope.transactions import Transaction
+from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import StaleDataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import SessionTransaction
+
+_MARK = "_sessionscope"
+"""The attribute of a Session that holds its tracker."""
+
+
+class SessionTracker:
+    """Follows the transactions of one session; `sessionscope.events` calls it.
+
+    :param watched: look at each statement, too.
+    """
+
+    def __init__(self, session: Session, safe: bool = False, watched: bool = True) -> None:
+        self.session = session
+        self.safe = safe
+        self.watched = watched
+        self.transaction: Transaction | None = None
+        """The one that began last, also when it is over."""
+        self.previous: Transaction | None = None
+        """The last one before it that had a connection."""
+        self.losses: dict[str, Transaction] = {}
+        """Transactions that somebody else than us closed with work in them, by a sentence."""
+        self.ending = False
+        """Its end has begun, and what happens to the session now is our doing."""
+        setattr(session, _MARK, self)
+
+    def forget_session(self) -> None:
+        """Stop following the session."""
+        if getattr(self.session, _MARK, None) is self:
+            setattr(self.session, _MARK, None)
+
+    def on_durable(self) -> None:
+        """Something was made durable, or may have been."""
+
+    def on_commit_of(self, transaction: object) -> None:
+        if transaction is None or transaction is not self.transaction:
+            self.on_durable()
+
+    def on_begin_refused(self, error: BaseException) -> None:
+        if self.transaction is not None:
+            self.transaction.note_error(error)
+
+    def on_create(self) -> None:
+        if self.transaction is not None and self.transaction.has_begun():
+            self.previous = self.transaction
+            self.previous.error = None
+        self.transaction = Transaction(self.safe, self.on_durable if self.watched else None)
+
+    def on_join(self, connection: Connection) -> None:
+        if self.transaction is not None:
+            self.transaction.join(connection)
+            if self.session.in_nested_transaction():
+                self.transaction.begin_sqlite()
+
+    def on_savepoint(self) -> None:
+        if self.transaction is not None:
+            self.transaction.begin_sqlite()
+
+    def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
+        """Work in *savepoint* now belongs to what it was taken in."""
+
+    def on_savepoint_ended(self, savepoint: SessionTransaction) -> None:
+        """*savepoint* was released, rolled back or closed."""
+
+    def on_flush(self) -> None:
+        transaction = self.transaction
+        if transaction is not None:
+            transaction.wrote = True
+            for participant in transaction.participants:
+                participant.on_flush()
+
+    def on_pending(self) -> None:
+        """An object was added: ``close()`` drops it before it says that it closes."""
+        if self.transaction is not None:
+            self.transaction.wrote = True
+
+    def on_before_commit(self) -> None:
+        """COMMIT is next, and every other hook before it has run."""
+        if self.transaction is not None:
+            self.transaction.on_commit_allowed()
+
+    def on_commit(self) -> None:
+        """COMMIT has returned."""
+        if self.transaction is not None:
+            self.transaction.commit_returned = True
+            self.transaction.handle(Event.COMMITTED)
+
+    def on_undone(self) -> None:
+        """The database has rolled back."""
+        transaction, error = self.transaction, sys.exc_info()[1]
+        if transaction is None:
+            return
+        if isinstance(error, StaleDataError):
+            transaction.note_error(error)  # the ORM's own: no driver has raised it
+        transaction.on_undone()
+
+    def on_end(self) -> None:
+        """The session's transaction is over: committed, rolled back or closed."""
+        transaction = self.transaction
+        if transaction is not None:
+            transaction.wrote = transaction.has_written()
+            if transaction.wrote or transaction.has_begun():
+                transaction.handle(Event.CLOSED)
+            transaction.leave()
+            if transaction.state is State.DISCARDED and not self.ending:
+                self.note_loss(transaction)
+
+    def note_loss(self, transaction: Transaction) -> None:
+        """Remember where a transaction was closed; of one place the worst is enough."""
+        sentence = closed_with_work(caller())
+        known = self.losses.get(sentence)
+        if known is None or transaction.wrote or known.state is not State.DISCARDED:
+            self.losses[sentence] = transaction
+
+    def lost_work(self) -> Iterator[tuple[str, Transaction]]:
+        """Iterate over the losses that ``Session.rollback()`` does not explain."""
+        for sentence, transaction in self.losses.items():
+            if transaction.state is State.DISCARDED:
+                yield sentence, transaction
+
+    def forget_errors(self) -> None:
+        """Let go of errors, whose tracebacks lead back to here."""
+        for transaction in (self.transaction, self.previous, *self.losses.values()):
+            if transaction is not None:
+                transaction.error = None
+
+    def on_rollback(self) -> None:
+        """It was over because of ``Session.rollback()``."""
+        if self.transaction is not None:
+            self.transaction.handle(Event.ROLLED_BACK)
+
+
+def tracker_of(session: Session | None) -> SessionTracker | None:
+    """Return what follows *session*, if anything does."""
+    tracker: SessionTracker | None = getattr(session, _MARK, None)
+    return tracker
+
+
+def has_changes(session: Session) -> bool:
+    """Tell whether a flush would have something to do."""
+    return bool(session.new or session.deleted or session.identity_map.check_modified())
+
+
+def close_quietly(session: Session) -> bool:
+    """Close *session*; False, and a line in the log, where that failed."""
+    try:
+        session.close()
+    except Exception:
+        log.exception("a session could not be closed")
+        return False
+    return True

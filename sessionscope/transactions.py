@@ -1,0 +1,208 @@
+"""The truth about one transaction of a session.
+
+A `Transaction` has a `Participant` for each of its connections, and a `State`, which only
+`Transaction.handle` changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from sessionscope import databases
+from sessionscope.errors import swallowed
+from sessionscope.participants import Participant
+from sessionscope.stage import entries, log
+from sessionscope.states import TRANSITIONS, Action, Event, State, action_of
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+
+if TYPE_CHECKING:
+    from sessionscope.confirm import Evidence
+    from sqlalchemy import Connection, Engine
+
+
+def _nobody_asks() -> None:
+    """Ignore that something was made durable."""
+
+
+class Transaction:
+    """One transaction of a session, from its beginning to what became of it.
+
+    :param safe: that the request's method is safe (RFC 9110, 9.2.1).
+    :param on_durable: called when a statement may have made work durable; None where nobody
+        needs to know, because it takes a listener on each statement.
+    """
+
+    def __init__(self, safe: bool, on_durable: Callable[[], None] | None) -> None:
+        self.state = State.IDLE
+        self.participants: list[Participant] = []
+        self.error: BaseException | None = None
+        """What failed first."""
+        self.wrote = False
+        self.since: float | None = None
+        """When it began on a connection, in seconds of a monotonic clock."""
+        self.commit_returned = False
+        """SQLAlchemy says so; what it is worth is another matter."""
+        self.evidence: Evidence | None = None
+        self.safe = safe
+        self.watched = on_durable is not None
+        self.on_durable = on_durable or _nobody_asks
+
+    def handle(self, event: Event) -> None:
+        """Go on to the next state."""
+        self.state = TRANSITIONS[self.state].get(event, self.state)
+        if event is Event.ANSWER_LOST:
+            for entry in entries():
+                entry.on_commit_of(self)
+
+    def join(self, connection: Connection) -> None:
+        if self.since is None:
+            self.since = monotonic()
+        participant = Participant(self, connection)
+        self.participants.append(participant)
+        if self.watched:
+            participant.watch_statements()
+        self.handle(Event.JOINED)
+
+    def begin_sqlite(self) -> None:
+        """Keep SQLite from committing when the outermost savepoint is released."""
+        for participant in self.participants:
+            participant.begin_sqlite()
+
+    def has_begun(self) -> bool:
+        """Tell whether a connection has ever been in it."""
+        return self.since is not None
+
+    def leave(self) -> None:
+        """Let go of the connections; what became of the work stays."""
+        for participant in self.participants:
+            participant.leave()
+        self.participants.clear()
+        self.on_durable = _nobody_asks
+
+    def note_error(self, error: BaseException) -> None:
+        repeats = databases.error_code(error) == databases.REPEATS_EARLIER_ERROR
+        if self.error is None and not repeats:
+            self.error = error
+
+    def is_lost(self) -> bool:
+        """Tell whether the database has given up the transaction, or a part of it."""
+        return any(participant.is_lost() for participant in self.participants)
+
+    def check(self) -> None:
+        """Refuse to commit what the database has given up.
+
+        :raises TransactionDoomed: if COMMIT would return for work that is lost.
+        """
+        if self.is_lost():
+            raise swallowed("an error of the database was swallowed") from self.error
+
+    def has_written(self) -> bool:
+        """Tell whether it has certainly changed something."""
+        return self.wrote or any(one.has_written() for one in self.participants)
+
+    def on_commit_error(self, error: BaseException) -> None:
+        """COMMIT was sent on one of the connections, and raised *error*."""
+        unknown = databases.leaves_commit_unknown(error) or self.is_partly_committed()
+        self.handle(Event.ANSWER_LOST if unknown else Event.REFUSED)
+
+    def on_commit_raised(self, error: BaseException | None) -> None:
+        """``Session.commit()`` has raised and no driver has said why.
+
+        A hook refused before COMMIT was sent, or raised after it returned; errors are hidden by
+        ``skip_user_error_events``; or it was interrupted, and nobody knows how far it came.
+        """
+        if self.state is not State.COMMITTING:
+            return
+        interrupted = error is not None and not isinstance(error, Exception)
+        sent = [one for one in self.participants if one.is_touched()]
+        if sent and all(one.commit_returned() for one in sent):
+            self.commit_returned = True
+            self.handle(Event.COMMITTED)
+        elif isinstance(error, DBAPIError) and error.statement is None:
+            self.on_commit_error(error)
+        elif self.is_partly_committed() or (interrupted and sent):
+            self.handle(Event.ANSWER_LOST)
+        else:
+            self.handle(Event.REFUSED)
+
+    def on_undone(self) -> None:
+        """SQLAlchemy has rolled back, on each connection that was not committed yet."""
+        if self.state is State.COMMITTING and self.is_partly_committed():
+            self.handle(Event.ANSWER_LOST)
+        else:
+            self.handle(Event.UNDONE)
+
+    def is_partly_committed(self) -> bool:
+        """Tell whether one of several connections was committed before another failed."""
+        return sum(participant.commit_sent for participant in self.participants) > 1
+
+    def is_commit_refused(self) -> bool:
+        """Tell whether COMMIT may have left the transaction open."""
+        return self.state in (State.COMMITTING, State.REFUSED)
+
+    def on_commit_allowed(self) -> None:
+        """All checks have passed, so COMMIT is next."""
+        if len(self.participants) > 1:
+            for participant in self.participants:
+                participant.watch_commit()
+        self.handle(Event.ALLOWED)
+
+    def resolve_doubt(self, committed: bool) -> None:
+        """Hear from the database what became of a COMMIT whose answer was lost."""
+        self.handle(Event.COMMITTED if committed else Event.REFUSED)
+
+    def on_commit_hook_error(self) -> None:
+        """COMMIT returned, but a hook had swallowed an error meanwhile, after the last check.
+
+        PostgreSQL then keeps nothing, the others what came before or after the error.
+        """
+        self.commit_returned = True
+        engines = {participant.connection.dialect.name for participant in self.participants}
+        self.handle(Event.REFUSED if engines == {"postgresql"} else Event.ANSWER_LOST)
+
+    def action(self) -> Action:
+        """Return what became of it."""
+        return action_of(self.state) if self.has_begun() else "none"
+
+    def seconds_open(self) -> float:
+        """Return how long it has been open."""
+        return monotonic() - self.since if self.since and self.participants else 0.0
+
+    def transient_error(self, error: BaseException | None) -> BaseException | None:
+        """Return the error that the database calls transient, if there is one behind *error*.
+
+        :param error: what the application raised; None if it made a response.
+        """
+        noted = self.error
+        if databases.is_transient(noted) and (error is None or _is_because_of(error, noted)):
+            return noted
+        return None
+
+
+def _is_because_of(error: BaseException, noted: BaseException | None) -> bool:
+    """Tell whether *noted* is behind *error*: a listener translated it, or it was swallowed."""
+    code = databases.error_code(error)
+    if isinstance(error, PendingRollbackError) or code == databases.REPEATS_EARLIER_ERROR:
+        return True
+    causes = (noted, getattr(noted, "orig", noted))
+    seen: BaseException | None = error if isinstance(error, Exception) else None
+    while seen is not None:
+        if any(one in causes for one in (seen, getattr(seen, "orig", seen))):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+_told_of_autocommit: WeakSet[Engine] = WeakSet()
+
+
+def warn_of_autocommit(transaction: Transaction) -> None:
+    """Say, once per engine, that a ROLLBACK takes nothing back in AUTOCOMMIT."""
+    for participant in transaction.participants:
+        engine = participant.connection.engine
+        if engine not in _told_of_autocommit and participant.is_autocommit():
+            _told_of_autocommit.add(engine)
+            log.warning("%r is in AUTOCOMMIT, so a refused request keeps what it wrote", engine)

@@ -1,0 +1,225 @@
+"""One unit of work: one session from its making to its closing, and its only ends.
+
+`UnitOfWork.commit`, `UnitOfWork.rollback` and `UnitOfWork.close` are called by
+`SessionMiddleware` and `session_scope`, and by nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import sessionscope.events  # noqa: F401
+from sessionscope.callbacks import Callbacks
+from sessionscope.committing import CommittingSession
+from sessionscope.databases import is_transient
+from sessionscope.errors import swallowed
+from sessionscope.stage import log, on_stage
+from sessionscope.states import State
+from sessionscope.trackers import close_quietly, has_changes
+from sessionscope.transactions import warn_of_autocommit
+
+if TYPE_CHECKING:
+    from sessionscope.stage import Registry
+    from sqlalchemy import Engine
+    from sqlalchemy.orm import Session, SessionTransaction
+
+
+class UnitOfWork(CommittingSession):
+    """The session of one request or scope, and what becomes of its work.
+
+    :param joinable: that a request inside may use the same session.
+
+    The others are those of `StagedSession` and `CommittingSession`.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        reader: Engine | None = None,
+        confirm: bool = False,
+        joinable: bool = False,
+        safe: bool = False,
+        watched: bool = False,
+        warned: set[str] | None = None,
+    ) -> None:
+        places = set() if warned is None else warned
+        super().__init__(registry, reader, safe, watched, places, confirm)
+        self.joinable = joinable
+        self.callbacks: Callbacks | None = None
+        self.closed = False
+
+    def commit(self) -> None:
+        """Make the work durable, or raise.
+
+        :raises TransactionDoomed: if COMMIT would return for work that is lost.
+        :raises CommitOutcomeUnknown: if the answer to COMMIT was lost.
+        """
+        self.refuse_lost_work()
+        self.settle_doubt()
+        transaction = self.transaction
+        state = None if transaction is None else transaction.state
+        if state is State.ABANDONED and transaction is not None:
+            raise swallowed("an error of the database was swallowed") from transaction.error
+        if self.session.in_transaction() and state is not State.COMMITTED:
+            self.commit_session()
+        self.run_callbacks(committed=False)
+
+    def rollback(self, error: BaseException | None = None) -> None:
+        """Undo the work because of *error*; a failure to do so is logged."""
+        self.ending = True
+        self.counted = self.counted or self.transaction
+        if self.session.in_transaction() and self.transaction is not None:
+            self.transaction.on_commit_raised(error)
+        try:
+            doubtful = self.in_doubt()
+            if doubtful is not None:
+                self.resolve(doubtful, ask=error is None or isinstance(error, Exception))
+            if self.session.in_transaction():
+                self.roll_back_session()
+        except Exception:
+            log.exception("ROLLBACK failed")
+            self.discard_connections()
+
+    def roll_back_session(self) -> None:
+        transaction = self.transaction
+        if transaction is not None and transaction.commit_returned:
+            self.session.close()  # a hook after COMMIT raised: there is nothing to roll back
+            return
+        if transaction is not None and (transaction.wrote or not self.safe):
+            warn_of_autocommit(transaction)
+        self.session.rollback()
+
+    @contextmanager
+    def extra_work(self, warning: str) -> Iterator[None]:
+        """Roll back what the block does in the session, and warn if it wrote.
+
+        What was settled before stays what counts.
+        """
+        counted = self.transaction
+        try:
+            yield
+        finally:
+            extra = self.transaction
+            if extra is not None and extra is not counted:
+                if self.session.in_transaction():
+                    if extra.has_written() or has_changes(self.session):
+                        log.warning(warning)
+                    self.roll_back_session()
+                self.transaction = counted
+
+    def close(self) -> None:
+        """Close the session, whatever became of its work; may be called twice."""
+        if self.closed:
+            return
+        self.ending = True
+        try:
+            close_quietly(self.session)
+        finally:
+            try:
+                self.discard_connections()
+            finally:
+                self.forget_session()
+                self.seat.close()
+                if self.callbacks is not None:
+                    self.callbacks.close()
+                self.forget_errors()
+        self.closed = True
+
+    def discard_connections(self) -> None:
+        """Close the connections that SQLAlchemy failed to close."""
+        transaction = self.transaction
+        if transaction is not None:
+            for participant in transaction.participants:
+                if participant.connection is not self.session.bind:
+                    participant.discard()
+            transaction.leave()
+
+    def on_end(self) -> None:
+        super().on_end()
+        state = None if self.transaction is None else self.transaction.state
+        if state is State.COMMITTED:
+            self.run_callbacks(committed=True)
+        elif self.callbacks is not None and state is not State.IN_DOUBT:
+            self.callbacks.clear()
+
+    def add_callback(self, callback: Callable[[], object]) -> None:
+        if self.callbacks is None:
+            self.callbacks = Callbacks()
+        self.callbacks.add(callback, self)
+
+    def run_callbacks(self, committed: bool) -> None:
+        """Run what waits for the COMMIT that is done, or was not needed."""
+        due = [] if self.callbacks is None else self.callbacks.due(committed)
+        if self.callbacks is None or not due:
+            return
+        self.durable = True  # what callbacks do must not be done twice
+        with self.extra_work(
+            "an on_commit callback worked in the session of the request, and that is rolled back: "
+            "a callback works through the registry, and commits"
+        ):
+            self.callbacks.run(due, self.stage, self.registry.session_factory)
+
+    def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
+        if self.callbacks is not None:
+            self.callbacks.on_savepoint_released(savepoint)
+
+    def on_savepoint_ended(self, savepoint: SessionTransaction) -> None:
+        if self.callbacks is not None:
+            self.callbacks.on_savepoint_ended(savepoint)
+
+    def transient_error(self, error: BaseException | None) -> BaseException | None:
+        """Return why the request may succeed when it is repeated, if it may be repeated.
+
+        :param error: what the application raised; None if it made a response.
+        """
+        if self.durable or self.action() in ("commit", "unknown"):
+            return None
+        if is_transient(error):
+            return error
+        return None if self.transaction is None else self.transaction.transient_error(error)
+
+    def seconds_open(self) -> float:
+        """Return how long the session has kept its transaction open."""
+        return 0.0 if self.transaction is None else self.transaction.seconds_open()
+
+
+@contextmanager
+def session_scope(registry: Registry) -> Iterator[Session]:
+    """Run one unit of work outside HTTP, in a script or a worker.
+
+    A new session is in *registry* while the block runs, even inside a request, whose session
+    is back afterwards.  The end of the block commits, an exception rolls back, and the session
+    is closed.  It never retries.
+
+    :param registry: a ``scoped_session``.
+    :raises TransactionDoomed: if the block swallowed an error that undid its work, or closed
+        the session while that held work.
+    :raises CommitOutcomeUnknown: if the answer to COMMIT was lost.
+    """
+    unit = UnitOfWork(registry)
+    try:
+        with on_stage(unit):
+            try:
+                yield unit.session
+            except BaseException as error:
+                unit.rollback(error)
+                raise
+            try:
+                unit.commit()
+            except BaseException as error:
+                log.exception(failure_of(unit))
+                unit.rollback(error)
+                raise
+    finally:
+        try:
+            unit.close()
+        finally:
+            unit.close()  # also when an interrupt struck in the first
+
+
+def failure_of(unit: UnitOfWork) -> str:
+    """Return what the log says of a commit that raised."""
+    return "committed, but a hook raised" if unit.action() == "commit" else "the commit failed"

@@ -1,0 +1,1 @@
+"""What the item service needs besides its table, its resources and its entry point."""
