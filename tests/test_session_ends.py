@@ -35,6 +35,7 @@ from sqlalchemy.engine.events import ConnectionEvents, DialectEvents
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.orm import (
     DeclarativeBase,
+    InstanceState,
     Mapped,
     Session,
     SessionEvents,
@@ -351,12 +352,17 @@ ENGINE_EVENTS = events_of(ConnectionEvents, DialectEvents)
 POOL_EVENTS = events_of(PoolEvents)
 
 
+def state_of(thing: Thing) -> InstanceState[Any]:
+    state: InstanceState[Any] = inspect(thing, raiseerr=True)
+    return state
+
+
 def told(argument: object) -> object:
     """What two plays can have in common of an argument that a listener was given."""
     if isinstance(argument, SessionTransaction):
         return "root" if argument.parent is None else "nested" if argument.nested else "part"
     if isinstance(argument, Thing):
-        return type(argument).__name__, inspect(argument).dict.get("name")
+        return type(argument).__name__, state_of(argument).dict.get("name")
     if isinstance(argument, ExceptionContext):
         return type(argument.original_exception).__name__
     if isinstance(argument, PoolResetState):
@@ -502,7 +508,7 @@ def change(session: Session, kept: Kept) -> None:
 
 def remove(session: Session, kept: Kept) -> None:
     for thing in kept.things[-2:]:
-        if thing in session and inspect(thing).persistent:
+        if thing in session and state_of(thing).persistent:
             session.delete(thing)
 
 
@@ -511,6 +517,11 @@ def forget(session: Session, kept: Kept) -> None:
 
 
 def flush(session: Session, kept: Kept) -> None:
+    session.flush()
+
+
+def store(session: Session, kept: Kept) -> None:
+    add(session, kept)
     session.flush()
 
 
@@ -627,18 +638,28 @@ def collide_in_savepoint(session: Session, kept: Kept) -> None:
 
 
 def be_refused(session: Session, kept: Kept) -> None:
-    """Have COMMIT fail, where one engine has all: of several one may have committed."""
-    if isinstance(session.bind, Engine) and session.get_bind(Note) is session.bind:
+    """Have COMMIT fail, where that is all: of two databases one may have committed.
+
+    After a refused PREPARE, and after a COMMIT that was to end an outer transaction, what is
+    left by hand depends on a ROLLBACK that fails, or is none.
+    """
+    alone = isinstance(session.bind, Engine) and session.get_bind(Note) is session.bind
+    if alone and not session.twophase:
         refuse_commit(session)
 
 
-STEPS: list[Step] = [
-    *[add, add_note, add_again, read, read_notes, change, remove, forget, flush],
-    *[change_rows, delete_rows, insert_row, insert_note, insert_as_text, read_as_text],
-    *[savepoint, savepoint_of_connection, release, go_back, commit, roll_back],
+ORM_STEPS: list[Step] = [
+    *[add, store, add_note, add_again, read, read_notes, change, remove, forget, flush]
+]
+CORE_STEPS: list[Step] = [
+    *[change_rows, delete_rows, insert_row, insert_note, insert_as_text, read_as_text]
+]
+HOOK_STEPS: list[Step] = [
     *[listen_late, listen_to_connection, add_at_commit, flush_at_commit, add_at_flush],
-    *[refuse_at_commit, read_after_rollback, collide, collide_in_savepoint],
-    be_refused,
+    read_after_rollback,
+]
+END_STEPS: list[Step] = [
+    *[commit, roll_back, collide_in_savepoint, collide, be_refused, refuse_at_commit]
 ]
 
 
@@ -842,8 +863,8 @@ def listen(ear: Ear, scene: Scene, factory: Any, databases: Databases) -> None:
             ear.listen(databases.inside[where].pool, POOL_EVENTS, where)
 
 
-def state_of(thing: Thing) -> tuple[object, ...]:
-    state = inspect(thing)
+def looks_of(thing: Thing) -> tuple[object, ...]:
+    state = state_of(thing)
     kind = state.transient, state.pending, state.persistent, state.deleted, state.detached
     values = {name: state.dict[name] for name in ("id", "name") if name in state.dict}
     return type(thing).__name__, kind, state.expired, sorted(state.expired_attributes), values
@@ -865,7 +886,7 @@ def serve_and_look(
             error = type(raised)
     kept.ear.session = None
     messages = [re.sub(" at 0x[0-9a-f]+", "", str(warning.message)) for warning in warned]
-    objects = list(map(state_of, kept.things))
+    objects = list(map(looks_of, kept.things))
     return [("error", error), ("warnings", messages), ("objects", objects), *look()]
 
 
@@ -905,12 +926,15 @@ def compare(scene: Scene, requests: list[Request], databases: Databases) -> None
 
 
 JOINED = ["connection", "transaction", "savepoint"]
+PLACES = ["engine", *JOINED]
 ENDS_OF_REQUESTS = ["200 OK", "404 Not Found", Broken, Interrupted]
 
 
-def scenes(first: list[str], mode: str = "conditional_savepoint") -> st.SearchStrategy[Scene]:
+def scenes(
+    first: list[str], mode: str = "conditional_savepoint", twophase: bool = False
+) -> st.SearchStrategy[Scene]:
     one = st.tuples(st.sampled_from(first))
-    two = st.tuples(st.sampled_from(first), st.sampled_from(["engine", *JOINED]))
+    two = st.tuples(st.sampled_from(first), st.sampled_from(first if twophase else PLACES))
     some = st.lists(st.sampled_from(SESSION_EVENTS), max_size=2, unique=True)
     return st.builds(
         Scene,
@@ -922,15 +946,27 @@ def scenes(first: list[str], mode: str = "conditional_savepoint") -> st.SearchSt
         hooks_of_class=st.booleans(),
         engines_heard=st.booleans(),
         outer_commits=st.booleans(),
-        twophase=st.just(False),
+        twophase=st.just(twophase),
     )
 
 
-def requests(steps: list[Step]) -> st.SearchStrategy[list[Request]]:
+def some_steps() -> st.SearchStrategy[list[Step]]:
+    """Steps of each kind, some in a savepoint that is left in one way or the other."""
+    kinds = (ORM_STEPS, CORE_STEPS, HOOK_STEPS, END_STEPS)
+    one = st.one_of(*(st.sampled_from(kind) for kind in kinds))
+    beginning = st.sampled_from([savepoint, savepoint_of_connection])
+    end = st.sampled_from([release, release, go_back, flush])
+    block = st.tuples(beginning, one, one, end)
+    return st.lists(one.map(lambda step: (step,)) | block, max_size=6).map(
+        lambda parts: list(chain(*parts))
+    )
+
+
+def some_requests() -> st.SearchStrategy[list[Request]]:
     one = st.builds(
         Request,
         method=st.sampled_from(["GET", "POST"]),
-        steps=st.lists(st.sampled_from(steps), max_size=8),
+        steps=some_steps(),
         end=st.sampled_from(ENDS_OF_REQUESTS),
     )
     return st.lists(one, min_size=1, max_size=3)
@@ -951,8 +987,8 @@ def sqlite(
         yield databases
 
 
-@random(100)
-@given(scene=scenes(["engine"]), requests=requests(STEPS))
+@random(300)
+@given(scene=scenes(["engine"]), requests=some_requests())
 def test_a_session_of_an_engine_ends_as_by_hand(
     scene: Scene, requests: list[Request], sqlite: Databases
 ) -> None:
@@ -964,10 +1000,26 @@ MODES = ["conditional_savepoint", "rollback_only", "control_fully", "create_save
 
 
 @pytest.mark.parametrize("mode", MODES)
-@random(60)
-@given(data=st.data(), requests=requests(STEPS))
+@random(150)
+@given(data=st.data(), requests=some_requests())
 def test_a_session_that_joins_a_transaction_ends_as_by_hand(
     data: st.DataObject, requests: list[Request], mode: str, sqlite: Databases
 ) -> None:
     """So it is where the session is bound to a Connection, whatever that is in already."""
     compare(data.draw(scenes(JOINED, mode)), requests, sqlite)
+
+
+@pytest.fixture(scope="module")
+def postgresql(postgresql_url: str) -> Iterator[Databases]:
+    """Two engines of one PostgreSQL database, which may prepare transactions."""
+    with closing(Databases(make_engine, postgresql_url, postgresql_url)) as databases:
+        yield databases
+
+
+@random(60)
+@given(scene=scenes(["engine"], twophase=True), requests=some_requests())
+def test_a_session_in_two_phases_ends_as_by_hand(
+    scene: Scene, requests: list[Request], postgresql: Databases
+) -> None:
+    """So it is with twophase=True, where COMMIT is prepared first."""
+    compare(scene, requests, postgresql)

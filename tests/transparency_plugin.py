@@ -4,7 +4,8 @@
 ``.pth`` file.  It does nothing unless TRANSPARENCY_SEAMS names where applications are called:
 a seam is a place of the suite's tools at which an application passes by, and is patched there.
 
-Each wrapped application begins a transaction, so that there is one to commit.
+Each wrapped application begins a transaction, so that there is one to commit.  With the
+sessions of Flask-SQLAlchemy that is left to the tests: most have no engine at that time.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ SEAMS = os.environ.get("TRANSPARENCY_SEAMS", "").split()
 CALLS = os.environ.get("TRANSPARENCY_CALLS", os.devnull)
 """A file that grows by one byte with each call of a wrapped application."""
 
-INNER: Registry = scoped_session(sessionmaker(create_engine("sqlite://")))
+FIRST: Registry = scoped_session(sessionmaker(create_engine("sqlite://")))
 
-OUTER: Registry = scoped_session(sessionmaker(create_engine("sqlite://")))
+SECOND: Registry = scoped_session(sessionmaker(create_engine("sqlite://")))
 """For a second wrap: one of the same registry would only join the request of the first."""
 
 
@@ -41,7 +42,8 @@ def wrap(app: WSGIApplication, registry: Registry | None = None) -> WSGIApplicat
 
     def begun(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         os.write(_calls, b".")
-        session().connection()
+        if session in (FIRST, SECOND):
+            session().connection()
         return app(environ, start_response)
 
     return SessionMiddleware(begun if callable(app) else app, session)
@@ -49,7 +51,7 @@ def wrap(app: WSGIApplication, registry: Registry | None = None) -> WSGIApplicat
 
 def _registry_of(app: object) -> Registry:
     extension = getattr(app, "extensions", {}).get("sqlalchemy")
-    return INNER if extension is None else extension.session
+    return FIRST if extension is None else extension.session
 
 
 def patch(place: str, make: Callable[[Any], Callable[..., Any]]) -> None:
@@ -62,13 +64,15 @@ def patch(place: str, make: Callable[[Any], Callable[..., Any]]) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
-def wrap_argument(position: int) -> Callable[[Any], Callable[..., Any]]:
+def wrap_argument(
+    position: int, registry: Registry | None = None
+) -> Callable[[Any], Callable[..., Any]]:
     """Wrap the application that is the argument at *position*."""
 
     def make(original: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             before, app, after = args[:position], args[position], args[position + 1 :]
-            return original(*before, wrap(app), *after, **kwargs)
+            return original(*before, wrap(app, registry), *after, **kwargs)
 
         return call
 
@@ -79,7 +83,7 @@ def wrap_both_sides(validator: Any) -> Callable[..., Any]:
     """Have a validator look at the middleware as a server does, and as an application does."""
 
     def call(app: Any, *args: Any) -> Any:
-        return wrap(validator(wrap(app), *args), OUTER)
+        return wrap(validator(wrap(app), *args), SECOND)
 
     return call
 
@@ -105,7 +109,7 @@ PATCHES: dict[str, dict[str, Callable[[Any], Callable[..., Any]]]] = {
     "webob": {"webob.request:BaseRequest.call_application": wrap_argument(1)},
     "webob-responses": {"webob.response:Response.__call__": wrap_method},
     "webtest": {
-        "webtest.lint:middleware": wrap_both_sides,
+        "webtest.lint:middleware": wrap_argument(0, SECOND),  # its other side is WebOb's call
         "webtest.http:StopableWSGIServer.__init__": wrap_argument(1),
     },
     "pyramid": {"pyramid.router:Router.__call__": wrap_method},
@@ -120,7 +124,7 @@ def pytest_pyfunc_call(pyfuncitem: Any) -> Iterator[None]:
     test = pyfuncitem.obj
     if "tests" in SEAMS:
         db = pyfuncitem.funcargs.get("db")
-        pyfuncitem.obj = partial(_as_request, test, INNER if db is None else db.session)
+        pyfuncitem.obj = partial(_as_request, test, FIRST if db is None else db.session)
     try:
         return (yield)
     finally:

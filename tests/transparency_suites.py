@@ -23,7 +23,7 @@ import venv
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from time import monotonic
 
@@ -54,6 +54,8 @@ class Suite:
     :ivar small: whether it is run when no suite is named.
     :ivar options: arguments for pytest.
     :ivar environ: environment variables, for the installation too.
+    :ivar sqlalchemy: what to install of it; if not said, what this environment has.
+    :ivar known: tests that the wrap breaks for a reason that lies in how they test.
     """
 
     version: str
@@ -62,6 +64,8 @@ class Suite:
     small: bool = True
     options: tuple[str, ...] = ()
     environ: dict[str, str] = field(default_factory=dict)
+    sqlalchemy: str = f"SQLAlchemy=={metadata.version('SQLAlchemy')}"
+    known: dict[str, str] = field(default_factory=dict)
 
 
 # All eight source distributions have their tests; bottle's lacks those of its server adapters.
@@ -90,7 +94,16 @@ SUITES = {
         options=("--ignore=tests/asgi",),  # no WSGI there
         environ={"FALCON_DISABLE_CYTHON": "Y", "PYTHONASYNCIODEBUG": "1"},  # as in its tox.ini
     ),
-    "webob": Suite("1.8.11", (), ("webob", "webob-responses", "wsgiref")),
+    "webob": Suite(
+        "1.8.11",
+        (),
+        ("webob", "webob-responses", "wsgiref"),
+        known={
+            "test_call_application_closes_iterable_when_mixed_w_write_calls": "what is given to "
+            "write() comes as a part of the body instead (contract, section 2), so this caller "
+            "leaves close() to its own caller, and the test does not call it"
+        },
+    ),
     "pyramid": Suite(
         "2.1",
         ("webtest", "zope.component"),
@@ -99,8 +112,15 @@ SUITES = {
     ),  # pyproject.toml, dependency-groups.testing
     # Its tests make no requests at all, so each of them is run as one.
     "flask-sqlalchemy": Suite(
-        "3.1.1", ("blinker",), ("tests", "werkzeug")
-    ),  # requirements/tests.in
+        "3.1.1",
+        ("blinker",),  # requirements/tests.in
+        ("tests", "werkzeug"),
+        sqlalchemy="SQLAlchemy<2.1",  # its dataclasses fail on 2.1, with and without the wrap
+        known={
+            "test_scope": "outside of an app context db.session() raises, but not in a request: "
+            "there it is the request's session, everywhere (contract, section 5)"
+        },
+    ),
 }
 
 
@@ -128,6 +148,15 @@ class Result:
     def broken(self) -> list[str]:
         """The tests that pass without the wrap, and fail, are skipped or are missing with it."""
         return sorted(self.without.passed() - self.wrapped.passed())
+
+    def reason(self, test: str) -> str | None:
+        """Return why *test* must differ, if that is known."""
+        name = test.rpartition("::")[2].partition("[")[0]
+        return SUITES[self.name].known.get(name)
+
+    @property
+    def unexplained(self) -> list[str]:
+        return [test for test in self.broken if self.reason(test) is None]
 
 
 class Workshop:
@@ -157,7 +186,7 @@ class Workshop:
     def prepare(self) -> None:
         """Make the environment, unless it is there as it is wanted."""
         pins = [f"{name}=={suite.version}" for name, suite in SUITES.items()]
-        pins.append(f"SQLAlchemy=={version('SQLAlchemy')}")
+        pins.append(self.suite.sqlalchemy)
         wanted = "\n".join([self.requirement(), PYTEST, *self.suite.needs, *pins, PATHS])
         stamp = self.folder / "installed"
         if stamp.exists() and stamp.read_text() == wanted:
@@ -242,7 +271,9 @@ class Workshop:
             if outcome == "failed":
                 self.say(f"fails without the wrap: {name}")
         for name in result.broken:
-            self.say(f"BROKEN by the wrap: {name} ({wrapped.outcomes.get(name, 'missing')})")
+            outcome = wrapped.outcomes.get(name, "missing")
+            self.say(f"BROKEN by the wrap ({outcome}): {name}")
+            self.say(f"    {result.reason(name) or 'nobody knows why yet'}")
         return result
 
 
@@ -260,8 +291,8 @@ def read_report(report: Path) -> dict[str, str]:
     return outcomes
 
 
-def summarize(results: Sequence[Result]) -> bool:
-    """Print the table; return whether all is well."""
+def summarize(results: Sequence[Result], known: bool) -> bool:
+    """Print the table; return whether all is well, or *known* not to be."""
     row = "{:<18}{:>10}{:>10}{:>8}{:>9}{:>16}"
     print("\n" + row.format("suite", "without", "wrapped", "broken", "calls", "seconds"))
     for result in results:
@@ -271,7 +302,8 @@ def summarize(results: Sequence[Result]) -> bool:
         print(row.format(result.name, *passed, len(result.broken), wrapped.calls, seconds))
         if not wrapped.calls:
             print(f"{result.name}: no application was wrapped, so this proves nothing")
-    return all(result.wrapped.calls and not result.broken for result in results)
+    bad = [result.unexplained if known else result.broken for result in results]
+    return not any(bad) and all(result.wrapped.calls for result in results)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("suite", nargs="*", help="default: the smaller ones")
     parser.add_argument("--list", action="store_true", help="name the suites, and stop")
     parser.add_argument("--work-dir", type=Path, default=WORK_DIR, metavar="DIR")
+    parser.add_argument("--known", action="store_true", help="pass if all that breaks is explained")
     given = parser.parse_args(arguments)
     if given.list:
         for name, suite in SUITES.items():
@@ -289,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in SUITES:
             parser.error(f"there is no suite {name!r}; there are {', '.join(SUITES)}")
     work_dir = given.work_dir.resolve()
-    return 0 if summarize([Workshop(name, work_dir).run_both() for name in names]) else 1
+    results = [Workshop(name, work_dir).run_both() for name in names]
+    return 0 if summarize(results, given.known) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,388 @@
+"""What may be durable is never done again: every way to commit without the middleware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import pytest
+from sessionscope import SessionMiddleware, engines, on_commit, session_scope
+from sessionscope.engines import make_engine
+from sqlalchemy import Engine, create_engine, event, insert
+from sqlalchemy import text as sql
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm.exc import StaleDataError
+from support import drop_tables, environ, make_tables, names, serve_once, text
+
+import middleware
+from models import Item
+
+Registry = scoped_session[Session]
+Work = Callable[[Registry], object]
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "RETRY_PAUSE", 0.0)
+
+
+@pytest.fixture
+def servers(any_url: str) -> Iterator[Engine]:
+    """An engine on each database in turn, which can make more than one connection."""
+    engine = make_engine(any_url)
+    make_tables(engine)
+    yield engine
+    drop_tables(engine)
+    engine.dispose()
+
+
+@contextmanager
+def plain_engine(engine: Engine) -> Iterator[Engine]:
+    """The same database as users make an engine for it."""
+    url = engine.url
+    made = create_engine(url.set(drivername=url.drivername.replace("+immediate", "")))
+    yield made
+    made.dispose()
+
+
+def add(registry: Registry, name: str = "x") -> None:
+    registry.execute(insert(Item).values(name=name))
+
+
+def calls_until_stale(registry: Registry, work: Work, method: str = "POST") -> int:
+    """How often a request is tried that meets a transient error after *work*."""
+    calls: list[int] = []
+
+    def both() -> None:
+        calls.append(1)
+        work(registry)
+        raise StaleDataError("again, please")
+
+    app = SessionMiddleware(text(b"", before=both), registry, attempts=3)
+    with pytest.raises(StaleDataError):
+        serve_once(app, environ(method))
+    return len(calls)
+
+
+def connection_commit(registry: Registry) -> None:
+    add(registry)
+    registry.connection().commit()
+
+
+def commit_as_text(registry: Registry) -> None:
+    add(registry)
+    registry.execute(sql("COMMIT"))
+
+
+def commit_as_text_and_go_on(registry: Registry) -> None:
+    add(registry)
+    registry.execute(sql("COMMIT"))
+    with suppress(DBAPIError):
+        add(registry, "later")
+
+
+def session_commit(registry: Registry) -> None:
+    add(registry)
+    registry.commit()
+
+
+def scope(registry: Registry) -> None:
+    with session_scope(registry) as session:
+        session.execute(insert(Item).values(name="scope"))
+
+
+def callback(registry: Registry) -> None:
+    on_commit(registry, lambda: None)
+    registry.commit()
+
+
+def session_of_its_own(registry: Registry) -> None:
+    with registry.session_factory() as session:
+        session.execute(insert(Item).values(name="own"))
+        session.commit()
+
+
+COMMITS = {
+    work.__name__: work
+    for work in (
+        connection_commit,
+        commit_as_text,
+        commit_as_text_and_go_on,
+        session_commit,
+        scope,
+        callback,
+        session_of_its_own,
+    )
+}
+
+
+@pytest.mark.parametrize("work", COMMITS.values(), ids=COMMITS)
+@pytest.mark.parametrize("mode", ["ours", "plain"])
+def test_what_was_committed_is_not_done_again(mode: str, work: Work, servers: Engine) -> None:
+    """After a COMMIT of any kind a transient error is the server's."""
+    with plain_engine(servers) if mode == "plain" else nullcontext(servers) as engine:
+        assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 1
+
+
+@pytest.mark.parametrize("work", [add, lambda registry: registry.execute(sql("SELECT 1"))])
+@pytest.mark.parametrize("mode", ["ours", "plain"])
+def test_what_was_not_committed_is_done_again(mode: str, work: Work, servers: Engine) -> None:
+    """A read or a write alone doesn't keep a request from being repeated."""
+    with plain_engine(servers) if mode == "plain" else nullcontext(servers) as engine:
+        assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 3
+
+
+@pytest.mark.parametrize(("method", "calls"), [("POST", 1), ("GET", 3)])
+def test_a_statement_in_autocommit_is_durable(method: str, calls: int, servers: Engine) -> None:
+    """What ran in AUTOCOMMIT is not done again, unless the method is safe."""
+    with plain_engine(servers) as plain:
+        engine = plain.execution_options(isolation_level="AUTOCOMMIT")
+        assert calls_until_stale(scoped_session(sessionmaker(engine)), add, method) == calls
+
+
+def test_autocommit_by_execution_option(servers: Engine) -> None:
+    """So is what ran on a connection that the view put into AUTOCOMMIT."""
+
+    def work(registry: Registry) -> None:
+        registry.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        add(registry)
+
+    with plain_engine(servers) as engine:
+        assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 1
+
+
+def test_a_refusal_in_autocommit_is_warned_of_once(
+    sqlite_url: str, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In AUTOCOMMIT a refused request keeps what it wrote, and the log says so once."""
+    auto = create_engine(sqlite_url, isolation_level="AUTOCOMMIT")
+    registry: Registry = scoped_session(sessionmaker(auto))
+    app = SessionMiddleware(text(b"", status="409 No", before=lambda: add(registry)), registry)
+    for _ in range(2):
+        serve_once(app, environ("POST"))
+    assert names(engine) == ["x", "x"]
+    assert caplog.text.count("is in AUTOCOMMIT, so a refused request keeps what it wrote") == 1
+    auto.dispose()
+
+
+DDL = ["TRUNCATE TABLE items", "CREATE TABLE other (id INTEGER)", "LOCK TABLES items WRITE"]
+
+
+@pytest.mark.parametrize("statement", DDL)
+def test_mariadb_commits_by_itself_at_ddl(statement: str, mariadb_url: str) -> None:
+    """TRUNCATE, DDL and LOCK TABLES commit on MariaDB, so such a request is not repeated."""
+    engine = make_engine(mariadb_url)
+    make_tables(engine)
+
+    def work(registry: Registry) -> None:
+        add(registry)
+        registry.execute(sql(statement))
+
+    assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 1
+    with engine.begin() as connection:
+        connection.execute(sql("UNLOCK TABLES"))
+        connection.execute(sql("DROP TABLE IF EXISTS other"))
+    drop_tables(engine)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("chained", ["COMMIT AND CHAIN", "COMMIT; BEGIN", "END; BEGIN"])
+def test_postgresql_commits_that_begin_again(chained: str, postgresql_url: str) -> None:
+    """A COMMIT as text after which another transaction is open is seen all the same."""
+    engine = make_engine(postgresql_url)
+    make_tables(engine)
+
+    def work(registry: Registry) -> None:
+        add(registry)
+        registry.connection().exec_driver_sql(chained)
+
+    assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 1
+    drop_tables(engine)
+    engine.dispose()
+
+
+# SQLite's legacy driver mode: RELEASE of the outermost savepoint is a COMMIT.
+
+
+@pytest.fixture
+def legacy(sqlite_url: str, engine: Engine) -> Iterator[Registry]:
+    """A registry on a plain create_engine(), whose driver leaves out BEGIN before a savepoint."""
+    made = create_engine(sqlite_url)
+    yield scoped_session(sessionmaker(made))
+    made.dispose()
+
+
+def in_session_savepoint(registry: Registry) -> None:
+    with registry.begin_nested():
+        add(registry, "in a savepoint")
+
+
+def in_session_savepoint_after_a_read(registry: Registry) -> None:
+    registry.execute(sql("SELECT 1"))
+    in_session_savepoint(registry)
+
+
+def in_a_nested_savepoint(registry: Registry) -> None:
+    with registry.begin_nested(), registry.begin_nested():
+        add(registry, "in a savepoint")
+
+
+@pytest.mark.parametrize(
+    "work", [in_session_savepoint, in_session_savepoint_after_a_read, in_a_nested_savepoint]
+)
+def test_a_savepoint_of_the_session_is_taken_back(
+    work: Work, legacy: Registry, outside: Engine
+) -> None:
+    """A 4xx takes back what a session's savepoint held, and such a request is repeated."""
+    app = text(b"", status="409 No", before=lambda: work(legacy))
+    serve_once(SessionMiddleware(app, legacy), environ("POST"))
+    assert names(outside) == []
+    assert calls_until_stale(legacy, work) == 3
+    assert names(outside) == []
+
+
+def in_connection_savepoint(registry: Registry) -> None:
+    with registry.connection().begin_nested():
+        add(registry, "in a savepoint")
+
+
+def savepoint_as_text(registry: Registry) -> None:
+    registry.execute(sql("SAVEPOINT one"))
+    add(registry)
+    registry.execute(sql("RELEASE one"))
+
+
+@pytest.mark.parametrize("work", [in_connection_savepoint, savepoint_as_text])
+def test_other_savepoints_may_be_durable(work: Work, legacy: Registry) -> None:
+    """A savepoint of the bare Connection, or as text, keeps a request from being repeated."""
+    assert calls_until_stale(legacy, work) == 1
+
+
+def test_a_savepoint_of_the_session_commits(legacy: Registry, outside: Engine) -> None:
+    """On 200 the work of a savepoint is committed with the rest."""
+    app = text(b"", before=lambda: in_session_savepoint(legacy))
+    serve_once(SessionMiddleware(app, legacy), environ("POST"))
+    assert names(outside) == ["in a savepoint"]
+
+
+# What an attempt has recovered from.
+
+
+def make_stale(registry: Registry) -> None:
+    item = Item(id=1, name="x")
+    registry.add(item)
+    registry.flush()
+    registry.execute(sql("DELETE FROM items"))
+    item.name = "stale"
+    registry.flush()
+
+
+def test_an_error_that_was_recovered_from_is_not_repeated(
+    registry: Registry, outside: Engine
+) -> None:
+    """BUSY, rollback(), a second try that goes well and a 502 on purpose: one call."""
+    calls: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        with suppress(StaleDataError):
+            make_stale(registry)
+        registry.rollback()
+        add(registry)
+        start_response("502 Bad Gateway", [])
+        return [b"upstream"]
+
+    serve_once(SessionMiddleware(app, registry, attempts=3), environ("POST"))
+    assert len(calls) == 1
+
+
+def test_an_error_page_after_a_rollback_is_repeated(registry: Registry) -> None:
+    """An error that the framework's page hides is one even after its teardown rolled back."""
+    calls: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        with suppress(StaleDataError):
+            make_stale(registry)
+        registry.remove()
+        start_response("500 Internal Server Error", [])
+        return [b"sorry"]
+
+    serve_once(SessionMiddleware(app, registry, attempts=3), environ("POST"))
+    assert len(calls) == 3
+
+
+class Translated(Exception):
+    """What a listener makes of a driver's error."""
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_translated_conflict_is_repeated(
+    raises: bool, sqlite_url: str, engine: Engine, outside: Engine
+) -> None:
+    """BUSY that a handle_error listener translated is tried again all the same."""
+    impatient = create_engine(sqlite_url, connect_args={"timeout": 0})
+    registry: Registry = scoped_session(sessionmaker(impatient))
+
+    @event.listens_for(impatient, "handle_error")
+    def translate(context: Any) -> Any:
+        if raises:
+            raise Translated
+        return Translated()
+
+    rival = engine.connect()
+    rival.begin()
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            rival.close()
+        add(registry)
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry, attempts=3), environ("POST"))
+    assert (len(calls), names(outside)) == (3, ["x"])
+    impatient.dispose()
+
+
+def test_a_refused_begin_under_binds_is_repeated(
+    sqlite_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BUSY at the first BEGIN of an engine that is reached through binds= is tried again."""
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT", 0.0)
+    impatient = make_engine(sqlite_url)
+    registry: Registry = scoped_session(sessionmaker(binds={Item: impatient}))
+    rival = engine.connect()
+    rival.begin()
+    calls: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            rival.close()
+        try:
+            add(registry)
+        except DBAPIError:
+            start_response("500 Oops", [])
+            return [b"sorry"]
+        start_response("200 OK", [])
+        return [b"fine"]
+
+    application = SessionMiddleware(app, registry, attempts=2)
+    assert serve_once(application, environ("POST")).content == b"fine"
+    impatient.dispose()
+
+
+def test_a_body_that_the_app_closed_is_not_read_again(registry: Registry) -> None:
+    """A request whose rewindable body was closed is not repeated; its own error is shown."""
+    request = environ("POST")
+
+    def work() -> None:
+        request["wsgi.input"].close()
+        raise StaleDataError
+
+    app = SessionMiddleware(text(b"", before=work), registry, attempts=3)
+    with pytest.raises(StaleDataError):
+        serve_once(app, request)
