@@ -453,11 +453,10 @@ class _Attempt:
                 self.head.exc_info = None  # a traceback that leads back to here
 
     def release(self) -> None:
-        """Close the session and take it off stage; may be called twice."""
+        """Close the session, which takes it off stage; may be called twice."""
         try:
             self.context.run(self.unit.close)
         finally:
-            self.position.close()
             self.context.drop()
 
     def warn_if_long(self) -> None:

@@ -72,6 +72,7 @@ class Aside:
         self.stage = stage
         self.factory = factory
         self.seat = Seat()
+        self.closed = False
 
     def show(self) -> Session:
         if self.seat.session is None:
@@ -98,6 +99,7 @@ class Aside:
         for sentence in self.seat.work_left():
             log.warning("on_commit: %s; what a callback writes it must commit", sentence)
         self.seat.close()
+        self.closed = True
 
 
 @contextmanager

@@ -56,9 +56,8 @@ class Participant:
 
     def leave(self) -> None:
         self.others.discard(self)
-        for name, listener in self.listeners:
-            event.remove(self.connection, name, listener)
-        self.listeners.clear()
+        while self.listeners:
+            event.remove(self.connection, *self.listeners.pop())
 
     def watch_statements(self) -> None:
         """Look at each statement for one that may make work durable."""

@@ -239,8 +239,8 @@ class StreamedBody:
 
     def close(self) -> None:
         """End the request: PEP 3333 has the server call this, whatever happened."""
-        self.first = END
         try:
+            self.first = END
             self.source.finish()
         finally:
             self.source.release()  # also when an interrupt struck in finish()

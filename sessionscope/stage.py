@@ -6,9 +6,9 @@ stage is kept in a context variable (PEP 567), as the top of an immutable linked
 nodes.  The user's ``scoped_session`` gets a `StagedRegistry`, which asks that list first and
 the user's own registry if nothing on it is of this registry.
 
-A list that is immutable, because tasks and threads that carry a copy of the context share
-its nodes: each opens and leaves scopes of its own and disturbs nobody.  The one change that
-all of them see is that a node is closed; look-ups skip it then.
+The list is immutable, because tasks and threads that carry a copy of the context share its
+nodes: each opens and leaves scopes of its own and disturbs nobody.  The one change that all of
+them see is that an entry is closed; look-ups skip it then.
 
 An `Entry` is what a node has on stage: the unit of work of a request or a scope, or an
 `Aside`, which hides it from code that is not the request's.
@@ -37,6 +37,7 @@ class Entry(Protocol):
     """What may be on stage, and what the calls of a ``scoped_session`` mean to it."""
 
     stage: StagedRegistry
+    closed: bool
 
     def show(self) -> Session:
         """Return the session for ``registry()``."""
@@ -63,8 +64,7 @@ class Node:
     __slots__ = ("entry", "parent")
 
     def __init__(self, entry: Entry, parent: Node | None) -> None:
-        self.entry: Entry | None = entry
-        """None when the node is closed."""
+        self.entry = entry
         self.parent = parent
 
 
@@ -75,14 +75,14 @@ def entries() -> Iterator[Entry]:
     """Iterate over what is on stage for the running code, the innermost first."""
     node = _active.get()
     while node is not None:
-        if node.entry is not None:
+        if not node.entry.closed:
             yield node.entry
         node = node.parent
 
 
 def _open_node(entry: Entry) -> Node:
     parent = _active.get()
-    while parent is not None and parent.entry is None:
+    while parent is not None and parent.entry.closed:
         parent = parent.parent
     return Node(entry, parent)
 
@@ -107,25 +107,20 @@ class Position:
         _active.set(self.outer)
         self.outer = None
 
-    def close(self) -> None:
-        """Take the session off stage for everybody; may be called twice."""
-        self.base.entry = None
-        self.top = self.base
-
 
 @contextmanager
 def on_stage(entry: Entry) -> Iterator[None]:
-    """Put *entry* on stage while the block runs, for it and for what it starts."""
+    """Put *entry* on stage while the block runs, for it and for what it starts.
+
+    Whoever calls this closes the entry afterwards.
+    """
     node = _open_node(entry)
     try:
         _active.set(node)
         yield
     finally:
-        try:
-            if _active.get() is node:  # not when it is closed elsewhere, by the garbage collector
-                _active.set(node.parent)
-        finally:
-            node.entry = None
+        if _active.get() is node:  # not when it is closed elsewhere, by the garbage collector
+            _active.set(node.parent)
 
 
 class StagedRegistry(ScopedRegistry[Any]):
@@ -148,7 +143,7 @@ class StagedRegistry(ScopedRegistry[Any]):
         node = _active.get()
         while node is not None:
             entry = node.entry
-            if entry is not None and entry.stage is self:
+            if entry.stage is self and not entry.closed:
                 return entry
             node = node.parent
         return None

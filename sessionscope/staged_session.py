@@ -48,6 +48,7 @@ class StagedSession(SessionTracker):
         self.stage = staged(registry)
         self.warned = warned
         self.seat = Seat()
+        self.closed = False
         self.removed_at: str | None = None
         """Where ``remove()`` was called while the session held work."""
 

@@ -49,7 +49,6 @@ class UnitOfWork(CommittingSession):
         super().__init__(registry, reader, safe, watched, places, confirm)
         self.joinable = joinable
         self.callbacks: Callbacks | None = None
-        self.closed = False
 
     def commit(self) -> None:
         """Make the work durable, or raise.
