@@ -17,6 +17,7 @@ from sessionscope import (
     Outcome,
     SessionMiddleware,
     TransactionDoomed,
+    attempt,
     on_commit,
     session_scope,
 )
@@ -26,7 +27,6 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, object_session, scoped_session, sessionmaker
 from support import Server, environ, names, refuse_commit, serve_once, text
 
-import middleware
 from models import Item
 
 Registry = scoped_session[Session]
@@ -740,7 +740,7 @@ def test_a_long_stream_that_breaks_off_is_warned_of(
     server = Server(SessionMiddleware(app, registry))
     body = server.begin()
     next(body)
-    monkeypatch.setattr(middleware, "LONG_TRANSACTION", 0.0)
+    monkeypatch.setattr(attempt, "LONG_TRANSACTION", 0.0)
     with suppress(LookupError):
         if end == "raise":
             next(body)

@@ -1,0 +1,132 @@
+"""The application: one call of it, with us in the place of the server (PEP 3333)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from sessionscope.response import END, Head, is_whole
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from sessionscope.response import Headers
+
+
+class Call:
+    """One call of an application: its head, which is kept back, and its iterable.
+
+    :param method: the request's method, which the application may change in the environ.
+    :param start_response: the server's.
+    :param on_start: called when the application has called ``start_response``.
+    """
+
+    def __init__(
+        self,
+        environ: WSGIEnvironment,
+        method: str,
+        start_response: StartResponse,
+        on_start: Callable[[], None],
+    ) -> None:
+        self.environ = environ
+        self.method = method
+        self.server_start_response: Callable[..., Any] = start_response
+        self.on_start = on_start
+        self.head: Head | None = None
+        self.iterable: object = None
+        self.iterator: Iterator[Any] = iter(())
+        self.exhausted = False
+        self.written: list[Any] = []
+        """What was given to ``write()``, to go in front of the body."""
+        self.ahead: list[Any] = []
+        """Chunks that are there already."""
+
+    def begin(self, app: WSGIApplication) -> Any:
+        """Call *app*; return its body if that needs none of its code any more, else None."""
+        body: Any = app(self.environ, self.start_response)
+        self.iterable = body
+        if self.written and type(body) in (list, tuple):
+            body = [*self._take_written(), *body]
+        if not self.written and is_whole(body, self.environ):
+            self.exhausted = True
+            return body
+        self.iterator = iter(body)
+        return None
+
+    def start_response(
+        self, status: str, headers: Headers, exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        """Keep the head (PEP 3333, "The start_response() Callable").
+
+        One that replaces another also replaces what was kept of that one's body.
+        """
+        if exc_info is not None:
+            if self.head is not None and self.head.sent:
+                raise exc_info[1].with_traceback(exc_info[2])
+            self.written.clear()
+        elif self.head is not None:
+            raise AssertionError("start_response was called again without exc_info (PEP 3333)")
+        self.head = Head(self.method, status, headers, exc_info)
+        self.on_start()
+        return self.written.append
+
+    def next(self) -> Any:
+        """Run the application for its next chunk; END when there is none."""
+        try:
+            chunk = next(self.iterator, END)
+        except BaseException:
+            self.exhausted = True
+            raise
+        self.exhausted = chunk is END
+        return chunk
+
+    def put_written_before(self, chunk: Any) -> Any:
+        """Return the chunk that comes first, if ``write()`` was called before *chunk*."""
+        if not self.written:
+            return chunk
+        first, *self.ahead = [*self._take_written(), chunk]
+        return first
+
+    def _take_written(self) -> list[Any]:
+        taken = self.written.copy()
+        self.written.clear()
+        return taken
+
+    def status_and_headers(self) -> tuple[str, Headers] | None:
+        """Return a copy of the head; None if there is none."""
+        head = self.head
+        if head is None:
+            return None
+        return head.status, list(head.headers) if isinstance(head.headers, Iterable) else []
+
+    def send_head(self) -> None:
+        """Give the head to the server; it says itself what it thinks if there is none."""
+        if self.head is not None and not self.head.sent:
+            self.head.send(self.server_start_response)
+
+    def replace_head(self) -> None:
+        """Take back a head that the server got before COMMIT failed: uWSGI would send it."""
+        if self.head is not None and self.head.sent:
+            headers = [("Content-Length", "0")]
+            with suppress(Exception):
+                self.server_start_response("500 Internal Server Error", headers, sys.exc_info())
+
+    def close(self) -> None:
+        """Close the iterable, and not its iterator (PEP 3333)."""
+        close = getattr(self.iterable, "close", None)
+        if close is not None:
+            close()
+
+    def forget(self) -> None:
+        """Let go of what leads back to here: a traceback, and a server that holds the body."""
+        self.iterable = None
+        self.server_start_response = _nobody
+        self.on_start = _nobody
+        if self.head is not None:
+            self.head.exc_info = None
+
+
+def _nobody(*_head: object) -> None:
+    """Stand for a server that has its response."""
