@@ -1,14 +1,17 @@
-# make serve   the item service on a SQLite file, http://127.0.0.1:8080
-# make test    all tests but those of the wheel, on the databases that this machine has
-# make check   ruff, mypy and a wheel that is built, installed and used
-# make docs    the documentation, as pages in build/docs
-# make bench   what a request costs and where, beside other ways; valgrind counts instructions
-# make fuzz    schemathesis against the service on PostgreSQL, for minutes
+# make serve     the item service on a SQLite file, http://127.0.0.1:8080
+# make test      all tests except packaging; databases that are not installed are skipped
+# make test-all  the same with coverage, and again on the oldest supported SQLAlchemy
+# make check     ruff, mypy and a wheel that is built, installed and used
+# make suites    other projects' test suites, with every application wrapped
+# make docs      the documentation, as pages in build/docs
+# make bench     what a request costs and where, beside other ways; valgrind counts instructions
+# make fuzz      schemathesis against the service on PostgreSQL, for minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := pytest -q --numprocesses 2 --dist loadgroup --ignore tests/packaging
 .DEFAULT_GOAL := help
-.PHONY: help serve test check docs bench fuzz test-sqlalchemy-2.0 clean
+.PHONY: help serve test test-all check suites docs bench fuzz test-sqlalchemy-2.0 clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -17,16 +20,22 @@ serve: .venv/installed-app
 	$(BIN)/python serve.py
 
 test: .venv/installed-dev
+	$(BIN)/$(PYTEST)
+
+test-all: .venv/installed-dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --ignore tests/packaging
+	$(BIN)/coverage run -m $(PYTEST)
 	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/coverage report --fail-under=100 --precision=2
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --no-header -q tests/packaging
+
+suites: .venv/installed-dev
+	$(BIN)/python tests/transparency_suites.py --known $(SUITES)
 
 docs: .venv/installed-dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs build/docs
@@ -40,13 +49,13 @@ bench: .venv/installed-bench
 	PYTHONPATH=. $(BIN)/python benchmarks/layers.py
 
 # The library once more, on the older of the two SQLAlchemys that it supports.
-LIBRARY := after_commit attempts confirm conflicts docs doomed faults frameworks lost_work model \
-	outcome receipt round_trips servers session_ends streams testing transparency whose_session
+LIBRARY := after_commit app_context attempts confirm doomed hooks lost_work outcome receipt \
+	replayable session_ends stage streams testing whose_session
 test-sqlalchemy-2.0: .venv-2.0/installed-dev
-	.venv-2.0/bin/pytest -q $(LIBRARY:%=tests/test_%.py)
+	.venv-2.0/bin/$(PYTEST) $(LIBRARY:%=tests/test_%.py)
 
 # A stamp, not the folder: a failed installation leaves half of one behind.
-.venv/installed-%: setup.py
+.venv/installed-%: setup.py $(wildcard sessionscope/*.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.13 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
@@ -55,7 +64,7 @@ test-sqlalchemy-2.0: .venv-2.0/installed-dev
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	@touch $@
 
-.venv-2.0/installed-dev: setup.py
+.venv-2.0/installed-dev: setup.py $(wildcard sessionscope/*.py)
 	@test -x .venv-2.0/bin/pip || $(PYTHON) -m venv .venv-2.0
 	.venv-2.0/bin/pip install --quiet --editable '.[dev]' 'SQLAlchemy<2.1'
 	@touch $@

@@ -170,7 +170,7 @@ class Attempt:
             self.context.run(self.unit.commit)
         except BaseException as error:
             self.error = error
-            log.exception("%s: %s", self, failure_of(self.unit))
+            log.exception("%s: %s", str(self), failure_of(self.unit))
             self.context.run(self.unit.rollback, error)
             if not self.returned:
                 self.call.replace_head()

@@ -20,6 +20,23 @@ CI = os.environ.get("CI") == "true"
 """CI requires every database server; elsewhere the tests of a missing one are skipped."""
 
 
+SERVERS = {
+    "galera_cluster": "galera",
+    "postgresql_cluster": "postgresql-cluster",
+    "postgresql_node": "nodes",
+    "mariadb_node": "nodes",
+}
+"""Servers that tests pause and kill: those of one are run by one worker, in turn."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, group in SERVERS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(group))
+                break
+
+
 Server = TypeVar("Server", databases.Node, clusters.PostgreSQLCluster, clusters.GaleraCluster)
 
 

@@ -8,6 +8,7 @@ that runs, at the second, and so on, until a request comes through.
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -158,6 +159,8 @@ def engine(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]
 def _no_tracer_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Coverage measures with a tracer of its own, which must be back afterwards."""
     monkeypatch.setattr(middleware, "RETRY_PAUSE", 0.0)
+    # Captured log records hold tracebacks, and so sessions.
+    monkeypatch.setattr(logging.getLogger("sessionscope"), "disabled", True)
     tracer = sys.gettrace()
     gc.collect()
     gc.freeze()  # so that the collections in the loop are short
