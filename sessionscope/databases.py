@@ -275,6 +275,8 @@ def may_have_committed(connection: Connection, statement: str, had_work: bool) -
     status = getattr(getattr(driver, "info", None), "transaction_status", None)
     if status is not None:
         return bool(status == 0)  # libpq's PQTRANS_IDLE
+    if _first_word(statement) == "SET":
+        return "autocommit" in statement.lower()
     return _first_word(statement) not in _STAYS_OPEN
 
 

@@ -75,7 +75,9 @@ class Participant:
         self.listeners.append((name, listener))
 
     def on_flush(self) -> None:
-        if self.changes is not None and not self.begun and not self.connection.invalidated:
+        if self.changes is None or self.begun or self.connection.invalidated:
+            return
+        if not self.connection.in_nested_transaction():  # RELEASE of its own savepoint may COMMIT
             self.begun = databases.driver_connection(self.connection).in_transaction
 
     def begin_sqlite(self) -> None:

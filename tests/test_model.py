@@ -397,6 +397,7 @@ class Response:
         self.head: Head | None = None
         self.head_sent = self.returned = self.settled = self.durable = self.closed = False
         self.leaves = False  # the server has the body
+        self.used = False
         self.errors: set[Any] = {None}
         self.written: list[bytes] = []
         self.leaving: Iterator[bytes] = iter(())
@@ -503,12 +504,13 @@ class Response:
             self.roll_back({failure.kind})
             raise
         self.settled = self.durable = True
+        self.used = self.place.unit.used
         self.report()
 
     def roll_back(self, errors: set[Any]) -> None:
-        self.place.unit.rollback()
         if not self.settled:
-            self.settled, self.errors = True, errors
+            self.settled, self.errors, self.used = True, errors, self.place.unit.used
+        self.place.unit.rollback()
 
     def close(self) -> None:
         if self.closed:
@@ -538,7 +540,7 @@ class Response:
             actions = {"commit" if self.place.unit.committed else "rollback"}
             if not self.durable:
                 actions.add("rollback")
-            if not self.place.unit.used:
+            if not self.used:
                 actions = {"none"}
             status = None if self.head is None else self.head.status
             self.model.outcomes[self.path] = (status, actions, self.errors)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 service = item_service.service
 
-PAGE = Path(serve.__file__).with_name("page")
+PAGE = Path(serve.__file__).parent / "web" / "page"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
 
 

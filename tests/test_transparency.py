@@ -312,11 +312,13 @@ def test_a_middleware_that_is_dropped_leaves_nothing_behind(sqlite_url: str) -> 
     assert [reference() for reference in left] == [None] * len(left)
 
 
-def test_engines_get_no_listener_of_their_own(registry: Registry, engine: Engine) -> None:
-    """No engine gets a listener: one for errors is on all, and costs nothing until there is one."""
-    serve_once(SessionMiddleware(text(b"", before=lambda: registry.add(Item(name="x"))), registry))
-    assert not engine._has_events
+def test_an_engine_gets_one_listener(registry: Registry, engine: Engine) -> None:
+    """One listener for errors is on all engines; the pool of one that is used gets another."""
+    for _ in range(3):
+        app = text(b"", before=lambda: registry.add(Item(name="x")))
+        serve_once(SessionMiddleware(app, registry))
     assert len(list(engine.dialect.dispatch.handle_error)) == 1
+    assert len(list(engine.pool.dispatch.reset)) == 1
 
 
 ONE_COPY = """
