@@ -47,7 +47,7 @@ from sessionscope.errors import CommitOutcomeUnknown, TransactionDoomed
 from sessionscope.outcome import Outcome
 from sessionscope.replay import Replay
 from sessionscope.response import is_success
-from sessionscope.stage import staged
+from sessionscope.stage import log, staged
 from sessionscope.unit_of_work import UnitOfWork, session_scope
 from sqlalchemy import Engine
 from sqlalchemy.orm import scoped_session
@@ -157,6 +157,27 @@ class SessionMiddleware:
             sleep(random.uniform(0, RETRY_PAUSE * 2 ** min(number, 5)))
             replay.rewind()
             number += 1
+
+    def should_retry(self, attempt: Attempt, error: BaseException | None) -> bool:
+        """Tell whether the request may succeed when it is tried again, and may be tried.
+
+        A framework may have turned the database's error into a page, or the application
+        swallowed it, so the unit of work is asked what it has seen.
+
+        :param error: what the attempt raised; None if it made a response.
+        """
+        head, replay = attempt.head, attempt.replay
+        if error is None and (head is None or str(head.status)[:1] != "5"):
+            return False
+        if replay is None or not replay.is_possible() or attempt.number == self.attempts:
+            return False
+        if head is not None and head.sent:
+            return False
+        reason = attempt.unit.transient_error(error)
+        if reason is not None:
+            numbers = attempt.number, self.attempts
+            log.warning("%s: attempt %d of %d failed, retrying: %r", attempt.name, *numbers, reason)
+        return reason is not None
 
 
 def _require(condition: bool, name: str, given: object, wanted: str) -> None:

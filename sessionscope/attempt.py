@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from sessionscope.application import Call
 from sessionscope.guests import aside
-from sessionscope.outcome import Outcome
+from sessionscope.outcome import Outcome, RequestName, tell
 from sessionscope.response import END, SAFE_METHODS, Head, StreamedBody
 from sessionscope.stage import AppContext, Position, log
 from sessionscope.unit_of_work import UnitOfWork, failure_of
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     from middleware import SessionMiddleware
 
 SESSION_KEY = "sessionscope.session"
-
-LONG_TRANSACTION = 60.0
-"""Seconds that a stream may keep a transaction open before the log says so."""
 
 LATE_WORK = "work done in close(), after the end of the response, is rolled back"
 
@@ -52,17 +48,11 @@ class Attempt:
         number: int = 1,
         began: float | None = None,
     ) -> None:
-        self.middleware = middleware
-        self.replay = replay
-        self.number = number
+        self.middleware, self.replay, self.number = middleware, replay, number
         self.began = monotonic() if began is None else began
-        # Read at entry: the environ is the application's to change.
-        self.method: str = environ.get("REQUEST_METHOD", "")
-        self.script_name, self.path_info = environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
-        self.context = AppContext()
-        on_start = self.context.note_start_response
-        self.call = Call(environ, self.method, start_response, on_start)
-        safe = self.method in SAFE_METHODS
+        self.name, self.context = RequestName(environ), AppContext()
+        on_start, safe = self.context.note_start_response, self.name.method in SAFE_METHODS
+        self.call = Call(environ, self.name.method, start_response, on_start)
         self.unit = UnitOfWork(
             middleware.registry,
             reader=middleware.reader if safe else None,
@@ -75,14 +65,7 @@ class Attempt:
         self.position = Position(self.unit)
         environ[SESSION_KEY] = self.unit.session
         self.error: BaseException | None = None
-        self.settled = self.returned = self.finished = self.reported = self.warned = False
-
-    def __str__(self) -> str:
-        return f"{self.method} {self.path()}"
-
-    def path(self) -> str:
-        path = f"{self.script_name or ''}{self.path_info or ''}"
-        return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
+        self.settled = self.returned = self.finished = self.reported = False
 
     @property
     def head(self) -> Head | None:
@@ -92,7 +75,7 @@ class Attempt:
         """Call the application; return what the server may send, or None to try again."""
         try:
             body = self.call_app()
-            if self.should_retry(None):
+            if self.middleware.should_retry(self, None):
                 self.discard_response(None)
                 return None
             if not isinstance(body, StreamedBody):
@@ -103,7 +86,7 @@ class Attempt:
             return body  # type: ignore[no-any-return]
         except BaseException as error:
             try:
-                retry = self.should_retry(error)
+                retry = self.middleware.should_retry(self, error)
                 self.discard_response(error, quietly=retry)
             finally:
                 self.release()  # also when an interrupt struck in the line above
@@ -122,7 +105,7 @@ class Attempt:
             except BaseException as error:
                 self.roll_back(error)
                 raise
-        stream = StreamedBody(self, self.__str__)
+        stream = StreamedBody(self, self.name.__str__)
         stream.prefetch()
         return stream
 
@@ -154,9 +137,10 @@ class Attempt:
 
     def settle(self) -> None:
         """End the transaction as the response wants it: COMMIT or ROLLBACK."""
-        head = self.head
+        head, given = self.head, self.call.status_and_headers()
         try:
-            wanted = self.wants_commit()
+            commit_when = self.middleware.commit_when
+            wanted = given is not None and commit_when(self.call.environ, *given)
             if wanted and head is not None and head.may_be_refused:
                 self.call.send_head()
         except BaseException as error:
@@ -170,15 +154,11 @@ class Attempt:
             self.context.run(self.unit.commit)
         except BaseException as error:
             self.error = error
-            log.exception("%s: %s", str(self), failure_of(self.unit))
+            log.exception("%s: %s", str(self.name), failure_of(self.unit))
             self.context.run(self.unit.rollback, error)
             if not self.returned:
                 self.call.replace_head()
             raise
-
-    def wants_commit(self) -> bool:
-        given = self.call.status_and_headers()
-        return given is not None and bool(self.middleware.commit_when(self.call.environ, *given))
 
     def roll_back(self, error: BaseException | None) -> None:
         """End the transaction because of *error*, of the status, or of a client that left."""
@@ -186,25 +166,6 @@ class Attempt:
             self.settled = True
             self.error = error
             self.context.run(self.unit.rollback, error)
-
-    def should_retry(self, error: BaseException | None) -> bool:
-        """Tell whether the request may succeed when it is tried again, and may be tried.
-
-        A framework may have turned the database's error into a page, or the application
-        swallowed it, so the unit of work is asked what it has seen.
-        """
-        head = self.head
-        if error is None and (head is None or str(head.status)[:1] != "5"):
-            return False
-        if self.replay is None or not self.replay.is_possible():
-            return False
-        if self.number == self.middleware.attempts or (head is not None and head.sent):
-            return False
-        reason = self.unit.transient_error(error)
-        if reason is not None:
-            of = self.middleware.attempts
-            log.warning("%s: attempt %d of %d failed, retrying: %r", self, self.number, of, reason)
-        return reason is not None
 
     def discard_response(self, error: BaseException | None, quietly: bool = True) -> None:
         """Finish a response that the server does not get, and so does not close."""
@@ -248,39 +209,25 @@ class Attempt:
             self.context.drop()
 
     def warn_if_long(self) -> None:
-        """Say once that a stream keeps a transaction open."""
-        if self.returned and not self.warned and self.unit.seconds_open() > LONG_TRANSACTION:
-            self.warned = True
-            log.warning(
-                "%s: a stream has kept its transaction open for more than %g s; a handler with "
-                "a long stream should commit before its first yield",
-                self,
-                LONG_TRANSACTION,
-            )
+        if self.returned:
+            self.name.warn_if_long(self.unit.seconds_open())
 
     def report(self) -> None:
         """Tell the log and the observer, once, what became of the request."""
         if self.reported or not self.settled:
             return
-        self.reported = True
+        self.reported, observer = True, self.middleware.observer
         error, self.error = self.error, None  # whose traceback leads back to here
-        observer = self.middleware.observer
         if observer is None and not log.isEnabledFor(logging.DEBUG):
             return
         outcome = Outcome(
-            method=self.method,
-            path=self.path(),
+            method=self.name.method,
+            path=self.name.path(),
             status=None if self.head is None else self.head.status,
             action=self.unit.action(),
             attempts=self.number,
             seconds=monotonic() - self.began,
             error=error,
         )
-        told = outcome.status if error is None else repr(error)
-        log.debug("%s %s %s %s", outcome.action, outcome.method, outcome.path, told)
-        if observer is not None:
-            with aside(self.unit.stage, self.middleware.registry.session_factory):
-                try:
-                    observer(outcome)
-                except Exception:
-                    log.exception("the observer failed on %r", outcome)
+        with aside(self.unit.stage, self.middleware.registry.session_factory):
+            tell(outcome, observer)

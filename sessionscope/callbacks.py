@@ -124,7 +124,10 @@ class Callbacks:
     def close(self) -> None:
         """Drop what still waits at the end, and say so."""
         for waiting in self.waiting:
-            log.warning("on_commit callback %r was dropped: no COMMIT followed", waiting.callback)
+            log.warning(
+                "on_commit callback %r was dropped: no COMMIT followed",
+                waiting.callback,
+            )
         self.clear()
 
     def _drop(self, condition: Callable[[Waiting], bool]) -> None:

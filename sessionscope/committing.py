@@ -52,9 +52,8 @@ class CommittingSession(StagedSession):
     def commit_session(self) -> None:
         self.ending = True
         self.counted = transaction = self.transaction
-        if transaction is None or self.has_failed(transaction):
-            error = None if transaction is None else transaction.error
-            raise swallowed("an error of the database was swallowed") from error
+        if self.has_failed():
+            raise swallowed("an error of the database was swallowed") from transaction.error
         try:
             self.session.commit()
         except BaseException as error:
@@ -124,8 +123,6 @@ class CommittingSession(StagedSession):
     def on_before_commit(self) -> None:
         """Flush and check, so that what fails afterwards is COMMIT itself."""
         transaction = self.transaction
-        if transaction is None:
-            return
         transaction.check()
         for _ in range(100):  # as Session.commit() does, which gives up then
             if not has_changes(self.session):
@@ -141,7 +138,7 @@ class CommittingSession(StagedSession):
     def on_commit(self) -> None:
         self.durable = True
         transaction = self.transaction
-        if transaction is not None and any(one.aborted for one in transaction.participants):
+        if any(participant.aborted for participant in transaction.participants):
             transaction.on_commit_hook_error()  # no other hook shall hear of a commit
             raise swallowed("a hook of COMMIT failed") from transaction.error
         super().on_commit()
@@ -159,6 +156,6 @@ class CommittingSession(StagedSession):
         if self.doubt is not None and self.doubt.state is State.IN_DOUBT:
             return "unknown"
         transaction = self.counted or self.transaction
-        if transaction is None or not transaction.has_begun():
+        if not transaction.has_begun() and self.previous is not None:
             transaction = self.previous
-        return "none" if transaction is None else transaction.action()
+        return transaction.action()

@@ -109,7 +109,10 @@ def make_reader(url: str | URL, *, pool_size: int = 8) -> Engine | None:
             return None
         return _sqlite_engine(url, "sqlite+deferred", "query_only=ON", pool_size=pool_size)
     engine = _server_engine(
-        url, pool_size=pool_size, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True
+        url,
+        pool_size=pool_size,
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
     )
 
     @event.listens_for(engine, "connect")
@@ -225,7 +228,8 @@ def _try_each(engine: Engine, hosts: list[str]) -> None:
             name, _, port = host.partition(":")
             try:
                 made: Any = dialect.connect(
-                    *arguments, **{**parameters, "host": name, "port": int(port or 3306)}
+                    *arguments,
+                    **{**parameters, "host": name, "port": int(port or 3306)},
                 )
                 with made.cursor() as cursor:
                     cursor.execute("SELECT 1")  # a node outside the cluster's majority refuses

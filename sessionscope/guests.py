@@ -24,10 +24,9 @@ class Guest(SessionTracker):
         for sentence, transaction in self.lost_work():
             if transaction.wrote:
                 yield sentence
-        left = self.transaction
-        if left is None or not self.session.in_transaction():
-            return
-        if left.has_written() or has_changes(self.session):
+        if self.session.in_transaction() and (
+            self.transaction.has_written() or has_changes(self.session)
+        ):
             yield "a session that was put into the registry was not committed"
 
     def close(self) -> None:

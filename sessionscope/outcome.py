@@ -1,10 +1,50 @@
-"""What the *observer* is told of a request."""
+"""What the log and the *observer* are told of a request."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
+from sessionscope.stage import log
 from sessionscope.states import Action
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIEnvironment
+
+LONG_TRANSACTION = 60.0
+"""Seconds that a stream may keep a transaction open before the log says so."""
+
+
+class RequestName:
+    """What a request is called, whatever the application makes of its environ."""
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        self.method: str = environ.get("REQUEST_METHOD", "")
+        self.script_name, self.path_info = (
+            environ.get("SCRIPT_NAME"),
+            environ.get("PATH_INFO"),
+        )
+        self.warned = False
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path()}"
+
+    def path(self) -> str:
+        path = f"{self.script_name or ''}{self.path_info or ''}"
+        return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
+
+    def warn_if_long(self, seconds: float) -> None:
+        """Say once that a stream has kept its transaction open for *seconds*."""
+        if not self.warned and seconds > LONG_TRANSACTION:
+            self.warned = True
+            log.warning(
+                "%s: a stream has kept its transaction open for more than %g s; a handler with "
+                "a long stream should commit before its first yield",
+                str(self),
+                LONG_TRANSACTION,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +65,14 @@ class Outcome:
     """From the call of the middleware until now, when the transaction is over."""
     error: BaseException | None
     """What the application or the COMMIT raised."""
+
+
+def tell(outcome: Outcome, observer: Callable[[Outcome], object] | None) -> None:
+    """Write a line into the log, and call *observer*, whose errors change nothing."""
+    told = outcome.status if outcome.error is None else repr(outcome.error)
+    log.debug("%s %s %s %s", outcome.action, outcome.method, outcome.path, told)
+    if observer is not None:
+        try:
+            observer(outcome)
+        except Exception:
+            log.exception("the observer failed on %r", outcome)

@@ -119,7 +119,10 @@ class Participant:
         there, inactive, when COMMIT raised.
         """
         connection, own = self.connection, self.transaction
-        return own not in (connection.get_nested_transaction(), connection.get_transaction())
+        return own not in (
+            connection.get_nested_transaction(),
+            connection.get_transaction(),
+        )
 
     def on_return(self, driver: Any, claimed: bool) -> None:
         """The connection goes back to its pool.

@@ -102,7 +102,10 @@ class Head:
         if self.exc_info is None:
             start_response(self.status, headers)
         else:
-            exc_info, self.exc_info = self.exc_info, None  # PEP 3333: no cycle of frames
+            exc_info, self.exc_info = (
+                self.exc_info,
+                None,
+            )  # PEP 3333: no cycle of frames
             start_response(self.status, headers, exc_info)
 
 
@@ -234,7 +237,10 @@ class StreamedBody:
         length = None if self.head is None else self.head.length
         if length is not None and self.received < length:
             log.warning(
-                "%s: the body ended after %d of %d bytes", self.name(), self.received, length
+                "%s: the body ended after %d of %d bytes",
+                self.name(),
+                self.received,
+                length,
             )
 
     def close(self) -> None:

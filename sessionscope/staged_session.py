@@ -17,7 +17,6 @@ from sqlalchemy import Connection, Engine
 
 if TYPE_CHECKING:
     from sessionscope.stage import Registry
-    from sessionscope.transactions import Transaction
     from sqlalchemy.orm import Session
 
 
@@ -78,16 +77,17 @@ class StagedSession(SessionTracker):
             self.seat.leave()
             return
         transaction = self.transaction
-        if transaction is None or not self.session.in_transaction():
+        if not self.session.in_transaction():
             return
-        if self.has_failed(transaction):
+        if self.has_failed():
             transaction.handle(Event.REMOVED)
             self.session.rollback()
         elif transaction.has_begun() or has_changes(self.session):
             self.removed_at = caller()
 
-    def has_failed(self, transaction: Transaction) -> bool:
+    def has_failed(self) -> bool:
         """Tell whether only ROLLBACK is left."""
+        transaction = self.transaction
         if transaction.state is State.COMMITTING and self.session.twophase:
             # The application has prepared it, unless a COMMIT was tried already.
             return any(participant.is_touched() for participant in transaction.participants)

@@ -88,7 +88,10 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.FAILED: {Event.REMOVED: State.ABANDONED, Event.CLOSED: State.DISCARDED},
     State.DISCARDED: {Event.ROLLED_BACK: State.ROLLED_BACK},
     # Only the database can resolve a doubt.
-    State.IN_DOUBT: {Event.COMMITTED: State.COMMITTED, Event.REFUSED: State.ROLLED_BACK},
+    State.IN_DOUBT: {
+        Event.COMMITTED: State.COMMITTED,
+        Event.REFUSED: State.ROLLED_BACK,
+    },
     State.COMMITTED: {},
     State.ABANDONED: {},
     State.ROLLED_BACK: {},

@@ -77,7 +77,11 @@ def isolated(registry: scoped_session[Any]) -> Iterator[Connection]:
         isolation = _Isolation(stack)
         connection = isolation.connection_of(_first_bind(factory))
         factory.class_ = isolation.subclass(class_)
-        factory.kw = {**settings, "join_transaction_mode": "create_savepoint", "twophase": False}
+        factory.kw = {
+            **settings,
+            "join_transaction_mode": "create_savepoint",
+            "twophase": False,
+        }
         if settings["bind"] is not None:
             factory.kw["bind"] = connection  # SessionMiddleware(reader=...) respects that
         registry.registry = scoped_session(factory, getattr(sessions, "scopefunc", None)).registry

@@ -32,47 +32,46 @@ class SessionTracker:
         self.session = session
         self.safe = safe
         self.watched = watched
-        self.transaction: Transaction | None = None
-        """The one that began last, also when it is over."""
         self.previous: Transaction | None = None
-        """The last one before it that had a connection."""
+        """The last one before `transaction` that had a connection."""
         self.losses: dict[str, Transaction] = {}
         """Transactions that somebody else than us closed with work in them, by a sentence."""
         self.ending = False
         """Its end has begun, and what happens to the session now is our doing."""
+        self.transaction = self.new_transaction()
+        """The one that began last, also when it is over; an idle one before the first."""
         setattr(session, _MARK, self)
+
+    def new_transaction(self) -> Transaction:
+        return Transaction(self.safe, self.on_durable if self.watched else None)
 
     def forget_session(self) -> None:
         """Stop following the session."""
-        if getattr(self.session, _MARK, None) is self:
-            setattr(self.session, _MARK, None)
+        setattr(self.session, _MARK, None)
 
     def on_durable(self) -> None:
         """Something was made durable, or may have been."""
 
     def on_commit_of(self, transaction: object) -> None:
-        if transaction is None or transaction is not self.transaction:
+        if transaction is not self.transaction:
             self.on_durable()
 
     def on_begin_refused(self, error: BaseException) -> None:
-        if self.transaction is not None:
-            self.transaction.note_error(error)
+        self.transaction.note_error(error)
 
     def on_create(self) -> None:
-        if self.transaction is not None and self.transaction.has_begun():
+        if self.transaction.has_begun():
             self.previous = self.transaction
             self.previous.error = None
-        self.transaction = Transaction(self.safe, self.on_durable if self.watched else None)
+        self.transaction = self.new_transaction()
 
     def on_join(self, connection: Connection) -> None:
-        if self.transaction is not None:
-            self.transaction.join(connection)
-            if self.session.in_nested_transaction():
-                self.transaction.begin_sqlite()
+        self.transaction.join(connection)
+        if self.session.in_nested_transaction():
+            self.transaction.begin_sqlite()
 
     def on_savepoint(self) -> None:
-        if self.transaction is not None:
-            self.transaction.begin_sqlite()
+        self.transaction.begin_sqlite()
 
     def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
         """Work in *savepoint* now belongs to what it was taken in."""
@@ -81,47 +80,39 @@ class SessionTracker:
         """*savepoint* was released, rolled back or closed."""
 
     def on_flush(self) -> None:
-        transaction = self.transaction
-        if transaction is not None:
-            transaction.wrote = True
-            for participant in transaction.participants:
-                participant.on_flush()
+        self.transaction.wrote = True
+        for participant in self.transaction.participants:
+            participant.on_flush()
 
     def on_pending(self) -> None:
         """An object was added: ``close()`` drops it before it says that it closes."""
-        if self.transaction is not None:
-            self.transaction.wrote = True
+        self.transaction.wrote = True
 
     def on_before_commit(self) -> None:
         """COMMIT is next, and every other hook before it has run."""
-        if self.transaction is not None:
-            self.transaction.on_commit_allowed()
+        self.transaction.on_commit_allowed()
 
     def on_commit(self) -> None:
         """COMMIT has returned."""
-        if self.transaction is not None:
-            self.transaction.commit_returned = True
-            self.transaction.handle(Event.COMMITTED)
+        self.transaction.commit_returned = True
+        self.transaction.handle(Event.COMMITTED)
 
     def on_undone(self) -> None:
         """The database has rolled back."""
-        transaction, error = self.transaction, sys.exc_info()[1]
-        if transaction is None:
-            return
+        error = sys.exc_info()[1]
         if isinstance(error, StaleDataError):
-            transaction.note_error(error)  # the ORM's own: no driver has raised it
-        transaction.on_undone()
+            self.transaction.note_error(error)  # the ORM's own: no driver has raised it
+        self.transaction.on_undone()
 
     def on_end(self) -> None:
         """The session's transaction is over: committed, rolled back or closed."""
         transaction = self.transaction
-        if transaction is not None:
-            transaction.wrote = transaction.has_written()
-            if transaction.wrote or transaction.has_begun():
-                transaction.handle(Event.CLOSED)
-            transaction.leave()
-            if transaction.state is State.DISCARDED and not self.ending:
-                self.note_loss(transaction)
+        transaction.wrote = transaction.has_written()
+        if transaction.wrote or transaction.has_begun():
+            transaction.handle(Event.CLOSED)
+        transaction.leave()
+        if transaction.state is State.DISCARDED and not self.ending:
+            self.note_loss(transaction)
 
     def note_loss(self, transaction: Transaction) -> None:
         """Remember where a transaction was closed; of one place the worst is enough."""
@@ -144,8 +135,7 @@ class SessionTracker:
 
     def on_rollback(self) -> None:
         """It was over because of ``Session.rollback()``."""
-        if self.transaction is not None:
-            self.transaction.handle(Event.ROLLED_BACK)
+        self.transaction.handle(Event.ROLLED_BACK)
 
 
 def tracker_of(session: Session | None) -> SessionTracker | None:

@@ -59,10 +59,9 @@ class UnitOfWork(CommittingSession):
         self.refuse_lost_work()
         self.settle_doubt()
         transaction = self.transaction
-        state = None if transaction is None else transaction.state
-        if state is State.ABANDONED and transaction is not None:
+        if transaction.state is State.ABANDONED:
             raise swallowed("an error of the database was swallowed") from transaction.error
-        if self.session.in_transaction() and state is not State.COMMITTED:
+        if self.session.in_transaction() and transaction.state is not State.COMMITTED:
             self.commit_session()
         self.run_callbacks(committed=False)
 
@@ -70,7 +69,7 @@ class UnitOfWork(CommittingSession):
         """Undo the work because of *error*; a failure to do so is logged."""
         self.ending = True
         self.counted = self.counted or self.transaction
-        if self.session.in_transaction() and self.transaction is not None:
+        if self.session.in_transaction():
             self.transaction.on_commit_raised(error)
         try:
             doubtful = self.in_doubt()
@@ -84,10 +83,10 @@ class UnitOfWork(CommittingSession):
 
     def roll_back_session(self) -> None:
         transaction = self.transaction
-        if transaction is not None and transaction.commit_returned:
+        if transaction.commit_returned:
             self.session.close()  # a hook after COMMIT raised: there is nothing to roll back
             return
-        if transaction is not None and (transaction.wrote or not self.safe):
+        if transaction.wrote or not self.safe:
             warn_of_autocommit(transaction)
         self.session.rollback()
 
@@ -102,7 +101,7 @@ class UnitOfWork(CommittingSession):
             yield
         finally:
             extra = self.transaction
-            if extra is not None and extra is not counted:
+            if extra is not counted:
                 if self.session.in_transaction():
                     if extra.has_written() or has_changes(self.session):
                         log.warning(warning)
@@ -129,16 +128,14 @@ class UnitOfWork(CommittingSession):
 
     def discard_connections(self) -> None:
         """Close the connections that SQLAlchemy failed to close."""
-        transaction = self.transaction
-        if transaction is not None:
-            for participant in transaction.participants:
-                if participant.connection is not self.session.bind:
-                    participant.discard()
-            transaction.leave()
+        for participant in self.transaction.participants:
+            if participant.connection is not self.session.bind:
+                participant.discard()
+        self.transaction.leave()
 
     def on_end(self) -> None:
         super().on_end()
-        state = None if self.transaction is None else self.transaction.state
+        state = self.transaction.state
         if state is State.COMMITTED:
             self.run_callbacks(committed=True)
         elif self.callbacks is not None and state is not State.IN_DOUBT:
@@ -178,11 +175,11 @@ class UnitOfWork(CommittingSession):
             return None
         if is_transient(error):
             return error
-        return None if self.transaction is None else self.transaction.transient_error(error)
+        return self.transaction.transient_error(error)
 
     def seconds_open(self) -> float:
         """Return how long the session has kept its transaction open."""
-        return 0.0 if self.transaction is None else self.transaction.seconds_open()
+        return self.transaction.seconds_open()
 
 
 @contextmanager

@@ -17,7 +17,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = (".*", "__pycache__", "build", "dist", "*.egg-info", "items.db*")
 
-SHIPPED = ["middleware", "pastedeploy", "pytest_plugin", "testing"]
+PACKAGE = ROOT / "sessionscope"
+SHIPPED = {path.name: path for path in PACKAGE.glob("*.py")} | {
+    "middleware.py": ROOT / "middleware.py"
+}
+"""What the package holds when it is installed, by the file that it comes from."""
 
 WRAP_AN_APP = """
 from sqlalchemy import create_engine, text
@@ -47,13 +51,6 @@ engine.dispose()
 INSTALLED = """
 from importlib.metadata import distributions
 print(*(distribution.name.lower().replace("_", "-") for distribution in distributions()))
-"""
-
-COPIED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import {name}
-print({name}.__file__)
 """
 
 TEST_AN_APP = """
@@ -120,14 +117,10 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
             f"{info}/entry_points.txt",
             f"{info}/licenses/LICENSE",
             f"{info}/top_level.txt",
-            "sessionscope/middleware.py",
-            "sessionscope/pastedeploy.py",
-            "sessionscope/py.typed",
-            "sessionscope/pytest_plugin.py",
-            "sessionscope/testing.py",
+            *sorted(f"sessionscope/{name}" for name in {*SHIPPED, "py.typed"}),
         ]
-        for name in SHIPPED:
-            assert archive.read(f"sessionscope/{name}.py") == (ROOT / f"{name}.py").read_bytes()
+        for name, path in SHIPPED.items():
+            assert archive.read(f"sessionscope/{name}") == path.read_bytes()
 
 
 def test_it_requires_sqlalchemy_alone(wheel: Path) -> None:
@@ -143,14 +136,14 @@ def test_the_sdist_holds_the_tests(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("benchmarks", "docs", "examples", "page", "tests")
+    folders = ("benchmarks", "docs", "examples", "sessionscope", "tests", "web")
     files = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).rglob("*"))]
     wanted = {
         str(path.relative_to(ROOT))
         for path in files
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert wanted | {"Makefile", "README.md", "LICENSE", "pyproject.toml", "py.typed"} <= held
+    assert wanted | {"Makefile", "README.md", "LICENSE", "pyproject.toml"} <= held
 
 
 def test_the_distributions_can_be_published(dist: Path) -> None:
@@ -180,29 +173,55 @@ def test_pytest_finds_the_fixture(wheel: Path, tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("name", ["middleware", "testing"])
-def test_the_library_is_separate_files(python: Path, tmp_path: Path, name: str) -> None:
-    """A copy of either module alone can be imported where there is nothing but SQLAlchemy."""
-    copy = shutil.copy(ROOT / f"{name}.py", tmp_path)
-    assert run(python, COPIED.format(name=name), str(tmp_path)) == f"{copy}\n"
-
-
-IMPORTS = {
-    "middleware": {"sqlalchemy"},
-    "pastedeploy": {"sqlalchemy", "sessionscope"},
-    "pytest_plugin": {"pytest", ""},  # the last is its sibling, .testing
-    "testing": {"sqlalchemy"},
-}
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_the_library_names_sqlalchemy_alone(name: str) -> None:
-    """No import of a module, wherever it stands, names more than it may, or a sibling."""
+def imports_of(path: Path) -> set[str]:
+    """The modules that *path* imports when it runs; not those that only its types need."""
     imported = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add("." * node.level + (node.module or ""))
-    roots = {name.partition(".")[0] for name in imported}
-    assert roots - sys.stdlib_module_names == IMPORTS[name]
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.If):
+            continue  # TYPE_CHECKING
+        for one in ast.walk(node):
+            if isinstance(one, ast.Import):
+                imported |= {alias.name for alias in one.names}
+            elif isinstance(one, ast.ImportFrom):
+                imported.add(one.module or "")
+                if one.module == "sessionscope":
+                    imported |= {f"sessionscope.{alias.name}" for alias in one.names}
+    return imported
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_the_library_names_sqlalchemy_alone(name: str) -> None:
+    """No module of the library needs more than the standard library, SQLAlchemy and its own."""
+    roots = {module.partition(".")[0] for module in imports_of(SHIPPED[name])}
+    allowed = {"sqlalchemy", "sessionscope", *(["pytest"] if name == "pytest_plugin.py" else [])}
+    assert roots - sys.stdlib_module_names <= allowed
+
+
+ORDER = [
+    "middleware", "attempt", "application", "replay", "outcome", "response", "unit_of_work",
+    "committing", "staged_session", "callbacks", "guests", "confirm", "events", "trackers",
+    "transactions", "participants", "errors", "databases", "states", "stage",
+]  # fmt: skip
+"""From the top down."""
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_down(name: str) -> None:
+    """Each module of the core imports only those that stand below it."""
+    own = {module.partition(".")[2] for module in imports_of(SHIPPED[f"{name}.py"])}
+    below = ORDER[ORDER.index(name) + 1 :]
+    assert own & {*ORDER} <= {*below}
+
+
+LIMITS = {ast.FunctionDef: 40, ast.ClassDef: 200}
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_the_library_can_be_read(name: str) -> None:
+    """No file has more than 450 lines, no class more than 200, no function more than 40."""
+    source = SHIPPED[name].read_text("utf-8")
+    assert source.count("\n") <= 450
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= LIMITS[type(node)], f"{node.name} has {lines} lines"
