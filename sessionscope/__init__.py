@@ -45,7 +45,3 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("sessionscope.middleware"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])

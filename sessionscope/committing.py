@@ -46,6 +46,8 @@ class CommittingSession(StagedSession):
         """Something may be durable, so the request must not be repeated."""
         self.counted: Transaction | None = None
         """The one that was committed or rolled back because of the response."""
+        self.committed: Transaction | None = None
+        """The last that the application committed itself."""
         self.doubt: Transaction | None = None
         """An earlier one whose COMMIT nobody knows about."""
 
@@ -142,6 +144,8 @@ class CommittingSession(StagedSession):
             transaction.on_commit_hook_error()  # no other hook shall hear of a commit
             raise swallowed("a hook of COMMIT failed") from transaction.error
         super().on_commit()
+        if transaction.has_begun() and not self.ending:
+            self.committed = transaction
 
     def on_durable(self) -> None:
         self.durable = True
@@ -156,6 +160,6 @@ class CommittingSession(StagedSession):
         if self.doubt is not None and self.doubt.state is State.IN_DOUBT:
             return "unknown"
         transaction = self.counted or self.transaction
-        if not transaction.has_begun() and self.previous is not None:
-            transaction = self.previous
+        if not transaction.has_begun():
+            transaction = self.committed or self.previous or transaction
         return transaction.action()

@@ -63,6 +63,8 @@ class UnitOfWork(CommittingSession):
             raise swallowed("an error of the database was swallowed") from transaction.error
         if self.session.in_transaction() and transaction.state is not State.COMMITTED:
             self.commit_session()
+        else:
+            self.counted = self.committed
         self.run_callbacks(committed=False)
 
     def rollback(self, error: BaseException | None = None) -> None:
@@ -96,7 +98,7 @@ class UnitOfWork(CommittingSession):
 
         What was settled before stays what counts.
         """
-        counted = self.transaction
+        counted, previous = self.transaction, self.previous
         try:
             yield
         finally:
@@ -106,7 +108,7 @@ class UnitOfWork(CommittingSession):
                     if extra.has_written() or has_changes(self.session):
                         log.warning(warning)
                     self.roll_back_session()
-                self.transaction = counted
+                self.transaction, self.previous = counted, previous
 
     def close(self) -> None:
         """Close the session, whatever became of its work; may be called twice."""

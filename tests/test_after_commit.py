@@ -537,3 +537,70 @@ def test_a_scope_whose_session_was_closed_is_doomed(registry: Registry) -> None:
     with pytest.raises(TransactionDoomed), session_scope(registry) as session:
         session.execute(select(Item))
         session.close()
+
+
+@pytest.mark.parametrize(("end", "called"), [("commit", ["called"]), ("rollback", [])])
+def test_a_savepoint_of_the_connection_drops_callbacks(
+    end: str, called: list[str], registry: Registry, ran: list[str]
+) -> None:
+    """A rollback to a savepoint taken on the Connection drops what was registered in it."""
+
+    def work() -> None:
+        savepoint = registry.connection().begin_nested()
+        on_commit(registry, lambda: ran.append("called"))
+        with registry.connection().begin_nested():
+            use(registry)
+        registry.connection().begin_nested().rollback()
+        getattr(savepoint, end)()
+
+    run(registry, work)
+    assert ran == called
+
+
+def test_a_callback_may_put_a_session_into_the_registry(
+    registry: Registry, outside: Engine
+) -> None:
+    """A callback finds no session of the request, and its own is closed after it."""
+
+    def callback() -> None:
+        assert not registry.registry.has()
+        registry(autoflush=False)
+        registry.remove()
+        registry.add(Item(name="by the callback"))
+        registry.commit()
+
+    run(registry, lambda: on_commit(registry, callback))
+    assert names(outside) == ["by the callback"]
+
+
+def test_what_a_callback_does_not_commit_is_warned_of(
+    registry: Registry, outside: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Work that a callback left uncommitted, in its session or the request's, is dropped."""
+
+    def work() -> None:
+        mine = registry()
+        on_commit(registry, lambda: registry.add(Item(name="in its own")))
+        on_commit(registry, lambda: mine.add(Item(name="in the request's")))
+        use(registry)
+
+    run(registry, work)
+    assert names(outside) == []
+    assert "what a callback writes it must commit" in caplog.text
+    assert "a callback works through the registry" in caplog.text
+
+
+def test_a_callback_of_a_callback_waits_for_the_next_commit(
+    registry: Registry, ran: list[str]
+) -> None:
+    """on_commit(registry) in a callback means the request's session, and its next COMMIT."""
+
+    def work() -> None:
+        on_commit(registry, lambda: on_commit(registry, lambda: ran.append("called")))
+        use(registry)
+        registry.commit()
+        assert ran == []
+        use(registry)
+
+    run(registry, work)
+    assert ran == ["called"]

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from unittest import mock
+from warnings import catch_warnings, simplefilter
 
 import pytest
 from sessionscope import Outcome, SessionMiddleware, TransactionDoomed, on_commit, session_scope
 from sessionscope.engines import make_engine
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, make_url, select
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -445,3 +446,108 @@ def test_objects_that_were_added_and_expunged_are_no_loss(registry: Registry) ->
         registry.expunge(item)
 
     post(registry, work)
+
+
+# Answers of COMMIT that nobody was told of, and several connections.
+
+
+def test_a_hidden_refusal_of_commit_is_a_plain_failure(registry: Registry, outside: Engine) -> None:
+    """A COMMIT whose error skip_user_error_events hides is refused all the same."""
+    seen: list[Outcome] = []
+
+    def work() -> None:
+        registry.connection(execution_options={"skip_user_error_events": True})
+        add(registry, "gone")
+        refuse_commit(registry)
+
+    with pytest.raises(IntegrityError):
+        post(registry, work, observer=seen.append)
+    assert [outcome.action for outcome in seen] == ["rollback"]
+    assert names(outside) == []
+
+
+def test_one_of_two_own_commits_leaves_it_unknown(
+    registry: Registry, engine: Engine, sqlite_url: str
+) -> None:
+    """If a hook refuses the second of two COMMITs, the first is durable whatever follows."""
+    second = make_engine(f"{sqlite_url}-2")
+    make_tables(second)
+    commits: list[Connection] = []
+    seen: list[Outcome] = []
+
+    def refuse(connection: Connection) -> None:
+        commits.append(connection)
+        if len(commits) == 2:
+            raise Translated
+
+    for each in (engine, second):
+        event.listen(each, "commit", refuse)
+
+    def work() -> None:
+        for each in (engine, second):
+            registry.execute(insert(Item).values(name="x"), bind_arguments={"bind": each})
+        with suppress(Translated):
+            registry.commit()
+        with catch_warnings():
+            simplefilter("ignore")  # SQLAlchemy's, of the connection that is committed already
+            registry.rollback()
+
+    post(registry, work, "409 Conflict", observer=seen.append)
+    for each in (engine, second):
+        event.remove(each, "commit", refuse)
+    assert [outcome.action for outcome in seen] == ["unknown"]
+    assert sorted([names(engine), names(second)]) == [[], ["x"]]
+    second.dispose()
+
+
+def test_a_session_that_the_app_has_prepared(postgresql_registry: Registry) -> None:
+    """With twophase=True an application may call prepare() itself, and remove() changes nothing."""
+    postgresql_registry.configure(twophase=True)
+
+    def work() -> None:
+        add(postgresql_registry, "kept")
+        postgresql_registry().prepare()
+        postgresql_registry.remove()
+
+    post(postgresql_registry, work)
+    assert names(postgresql_registry.session_factory.kw["bind"]) == ["kept"]
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pg8000"])
+def test_a_refused_commit_on_postgresql_leaves_a_sound_connection(
+    driver: str, postgresql_url: str, postgresql_registry: Registry
+) -> None:
+    """A hook that refuses COMMIT, and close(), leave no open transaction in the pool."""
+    url = make_url(postgresql_url).set(drivername=f"postgresql+{driver}")
+    engine = create_engine(url, pool_size=1, max_overflow=0)
+    refuse_then_go_on(engine)
+    assert names(engine) == ["next"]
+    engine.dispose()
+
+
+def test_a_refused_commit_on_mariadb_leaves_a_sound_connection(mariadb_url: str) -> None:
+    """So it is on MariaDB."""
+    engine = make_engine(mariadb_url, pool_size=1)
+    make_tables(engine)
+    refuse_then_go_on(engine)
+    assert names(engine) == ["next"]
+    drop_tables(engine)
+    engine.dispose()
+
+
+def refuse_then_go_on(engine: Engine) -> None:
+    registry: Registry = scoped_session(sessionmaker(engine))
+
+    def refuse(connection: Connection) -> None:
+        raise Translated
+
+    def work() -> None:
+        add(registry, "refused")
+        event.listen(engine, "commit", refuse)
+        with suppress(Translated):
+            registry.commit()
+        event.remove(engine, "commit", refuse)
+        registry().close()
+
+    post(registry, work, "409 Conflict")
+    post(registry, lambda: add(registry, "next"))

@@ -191,20 +191,21 @@ class Unit:
     undone: bool = False  # SQLite rolled back by itself
     abandoned: bool = False  # by remove(), after an error
     wrote: bool = False  # in this transaction
+    begun: bool = False  # this transaction, on a connection
     thrown_away: bool = False
     lost_writes: bool = False
     committed: bool = False
 
     def begin(self) -> None:
         if not self.open:
-            self.abandoned = self.wrote = False
+            self.abandoned = self.wrote = self.begun = False
         self.open = True
 
     def use(self) -> None:
         if self.broken:
             raise Fails(PendingRollbackError)
         self.begin()
-        self.used = True
+        self.used = self.begun = True
 
     def note(self, kind: str, name: str = "") -> None:
         self.work.append((kind, name, self.depth))
@@ -241,13 +242,15 @@ class Unit:
         for kind, name, _ in self.work:
             kept[kind].append(name)
         self.used |= bool(kept["row"])
+        self.begun = (self.begun and self.open) or bool(kept["row"])
         self.abandoned = False
         if self.undone:
             raise Fails(TransactionDoomed)
         if kept["debt"]:
             raise Fails(IntegrityError)
         self.durable += kept["row"]
-        self.work, self.depth, self.open, self.committed = [], 0, False, True
+        self.work, self.depth, self.open = [], 0, False
+        self.committed |= self.begun
         return kept["callback"]
 
 
@@ -261,10 +264,7 @@ class Place:
     def commit(self, harmless: bool = False) -> list[str]:
         if (self.unit.thrown_away and not harmless) or self.unit.broken or self.unit.abandoned:
             raise Fails(TransactionDoomed)
-        committed = self.unit.committed or self.unit.open
-        callbacks = self.unit.commit()
-        self.unit.committed = committed
-        return callbacks
+        return self.unit.commit()
 
     def leave(self) -> None:
         self.unit.rollback()

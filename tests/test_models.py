@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -532,3 +534,35 @@ def test_get_bind_goes_before_the_reader(engine: Engine, reader: Engine) -> None
 
     registry = scoped_session(sessionmaker(class_=Routed))
     assert bind_of(registry, reader, "GET") is engine
+
+
+FORK = """
+import os, sys
+from sqlalchemy import text
+from sessionscope.engines import make_engine
+
+engine = make_engine(sys.argv[1])
+with engine.connect() as connection:
+    mine = connection.connection.dbapi_connection
+child = os.fork()
+with engine.begin() as connection:
+    same = connection.connection.dbapi_connection is mine
+    connection.execute(text("SELECT 1"))
+if child == 0:
+    os._exit(same)
+_, status = os.waitpid(child, 0)
+print(same, os.waitstatus_to_exitcode(status))
+engine.dispose()
+"""
+
+
+def test_a_fork_shares_no_connection(any_url: str) -> None:
+    """A child process opens connections of its own, and its parent keeps those that it has."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, any_url],
+        cwd=Path(models.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("True 0\n", "")
