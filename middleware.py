@@ -169,9 +169,8 @@ class SessionMiddleware:
         head, replay = attempt.head, attempt.replay
         if error is None and (head is None or str(head.status)[:1] != "5"):
             return False
-        if replay is None or not replay.is_possible() or attempt.number == self.attempts:
-            return False
-        if head is not None and head.sent:
+        sent = head is not None and head.sent
+        if sent or replay is None or attempt.number == self.attempts or not replay.is_possible():
             return False
         reason = attempt.unit.transient_error(error)
         if reason is not None:

@@ -102,10 +102,9 @@ class Callbacks:
         waiting = Waiting(callback, tracker.session.get_nested_transaction())
         waiting.added_by_callback = self.running
         self.waiting.append(waiting)
-        if tracker.transaction is not None:
-            for participant in tracker.transaction.participants:
-                if participant.connection.in_nested_transaction():
-                    waiting.watch(participant.connection)
+        for participant in tracker.transaction.participants:
+            if participant.connection.in_nested_transaction():
+                waiting.watch(participant.connection)
 
     def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
         """Those of a savepoint become those of what it was taken in."""

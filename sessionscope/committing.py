@@ -62,9 +62,8 @@ class CommittingSession(StagedSession):
             if self.is_committed_after(transaction, error):
                 return
             raise
-        if transaction.state is State.IN_DOUBT:
-            self.settle_doubt()
-        elif transaction.state is not State.COMMITTED:
+        self.settle_doubt()
+        if transaction.state is not State.COMMITTED:
             raise TransactionDoomed(
                 "Session.commit() returned, but nothing was committed"
             ) from transaction.error

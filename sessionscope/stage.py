@@ -176,14 +176,11 @@ _installing = Lock()
 
 def staged(registry: Registry) -> StagedRegistry:
     """Return the `StagedRegistry` of *registry*, which is installed if there is none yet."""
-    found = registry.registry
-    if type(found) is StagedRegistry:
-        return found
     with _installing:
         found = registry.registry
         if type(found) is not StagedRegistry:
             found = registry.registry = StagedRegistry(found)
-    return found
+        return found
 
 
 _MISSING: Any = object()

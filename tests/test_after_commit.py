@@ -604,3 +604,22 @@ def test_a_callback_of_a_callback_waits_for_the_next_commit(
 
     run(registry, work)
     assert ran == ["called"]
+
+
+def test_a_callback_may_commit_in_the_session_of_the_request(
+    registry: Registry, outside: Engine
+) -> None:
+    """What a callback commits itself stands, whatever session it does it in."""
+
+    def work() -> None:
+        mine = registry()
+
+        def callback() -> None:
+            mine.add(Item(name="committed"))
+            mine.commit()
+
+        on_commit(registry, callback)
+        use(registry)
+
+    run(registry, work)
+    assert names(outside) == ["committed"]

@@ -377,3 +377,65 @@ def test_confirm_is_a_bool(engine: Engine) -> None:
     """Anything but a bool is refused at construction."""
     with pytest.raises(TypeError, match="confirm must be a bool, not 1"):
         Post(engine, confirm=1)
+
+
+def forgotten_commit(post: Post) -> Callable[[], None]:
+    """An own COMMIT that is cut off, rolled back and followed by other work."""
+
+    def work() -> None:
+        own_commit(post, swallowed=True)()
+        post.registry.rollback()
+        post.registry.begin()
+        if not post.app.confirm:  # which needs the one connection of the pool to ask
+            post.registry.execute(sql("SELECT 1"))
+
+    return work
+
+
+@pytest.mark.parametrize("status", ["200 OK", "500 Oops"])
+def test_a_lost_commit_is_not_forgotten(status: str, engine: Engine, link: Link) -> None:
+    """Whatever the app does after it lost the answer to its COMMIT, the outcome is unknown."""
+    post = Post(engine, confirm=False)
+    post.app.app = text(b"", status=status, before=forgotten_commit(post))
+    link.cut = "before its answer"
+
+    @event.listens_for(engine, "invalidate")
+    def mend(*_: Any) -> None:
+        link.cut = None
+
+    if status == "200 OK":
+        with pytest.raises(CommitOutcomeUnknown):
+            post.send()
+    else:
+        post.send()
+    assert post.action == "unknown"
+
+
+def test_a_lost_commit_that_was_done_is_a_success_later(
+    engine: Engine, link: Link, outside: Engine
+) -> None:
+    """If the server says committed of it, what followed is committed, too."""
+    post = Post(engine)
+    post.app.app = text(b"fine", before=forgotten_commit(post))
+    link.cut = "before its answer"
+
+    @event.listens_for(engine, "invalidate")
+    def mend(*_: Any) -> None:
+        link.cut = None
+
+    assert post.send() == b"fine"
+    assert names(outside) == ["call 1"]
+
+
+def test_a_driver_that_does_not_tell_of_autocommit(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dialect that cannot tell whether it is in AUTOCOMMIT is taken for one that is not."""
+
+    def unknown(dialect: object, connection: object) -> bool:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(engine.dialect), "detect_autocommit_setting", unknown)
+    sent = statements(engine)
+    assert Post(engine).send() == b"fine"
+    assert [statement.split()[0] for statement in sent] == ["INSERT", "SELECT"]

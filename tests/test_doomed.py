@@ -344,10 +344,11 @@ def test_mariadb_a_timeout_that_cannot_be_asked_about_stays_what_it_is(
     ids: list[int] = []
     outside = make_engine(mariadb.url)
 
-    @event.listens_for(mariadb, "handle_error")
     def at_the_first_error(context: Any) -> None:
         if ids:
             kill(outside, ids.pop())
+
+    event.listen(Engine, "handle_error", at_the_first_error, insert=True)  # before ours
 
     def work() -> None:
         ids.append(maria_registry.scalar(sql("SELECT CONNECTION_ID()")) or 0)
@@ -357,6 +358,7 @@ def test_mariadb_a_timeout_that_cannot_be_asked_about_stays_what_it_is(
         post(work, maria_registry)
     assert caught.value.orig is not None
     assert caught.value.orig.args[0] == 1205
+    event.remove(Engine, "handle_error", at_the_first_error)
     outside.dispose()
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm.exc import FlushError
 from support import (
     drop_tables,
     environ,
@@ -466,8 +467,9 @@ def test_a_hidden_refusal_of_commit_is_a_plain_failure(registry: Registry, outsi
     assert names(outside) == []
 
 
+@pytest.mark.parametrize("attempts", [1, 3])
 def test_one_of_two_own_commits_leaves_it_unknown(
-    registry: Registry, engine: Engine, sqlite_url: str
+    attempts: int, registry: Registry, engine: Engine, sqlite_url: str
 ) -> None:
     """If a hook refuses the second of two COMMITs, the first is durable whatever follows."""
     second = make_engine(f"{sqlite_url}-2")
@@ -492,7 +494,7 @@ def test_one_of_two_own_commits_leaves_it_unknown(
             simplefilter("ignore")  # SQLAlchemy's, of the connection that is committed already
             registry.rollback()
 
-    post(registry, work, "409 Conflict", observer=seen.append)
+    post(registry, work, "409 Conflict", observer=seen.append, attempts=attempts)
     for each in (engine, second):
         event.remove(each, "commit", refuse)
     assert [outcome.action for outcome in seen] == ["unknown"]
@@ -551,3 +553,17 @@ def refuse_then_go_on(engine: Engine) -> None:
 
     post(registry, work, "409 Conflict")
     post(registry, lambda: add(registry, "next"))
+
+
+def test_a_hook_that_adds_work_for_ever_is_refused(registry: Registry, outside: Engine) -> None:
+    """After a hundred flushes Session.commit() gives up, and so does a request."""
+
+    def work() -> None:
+        event.listen(
+            registry(), "after_flush_postexec", lambda session, _: session.add(Item(name="more"))
+        )
+        registry.add(Item(name="first"))
+
+    with pytest.raises(FlushError):
+        post(registry, work)
+    assert names(outside) == []

@@ -19,7 +19,7 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.model import Model
 from sessionscope import SessionMiddleware, TransactionDoomed, session_scope
 from sessionscope.testing import isolated
-from sqlalchemy import Engine, insert
+from sqlalchemy import Engine, insert, select
 from sqlalchemy.orm import Mapped, Session, mapped_column, scoped_session, sessionmaker
 from support import PATIENCE, Server, environ, names, serve_once, text
 from webtest import TestApp
@@ -618,3 +618,28 @@ def test_a_doomed_async_view_is_no_success(
     with pytest.raises(TransactionDoomed):
         TestApp(app).post("/")
     assert names(outside) == []
+
+
+def test_a_session_of_the_apps_own_that_only_read_loses_nothing(registry: Registry) -> None:
+    """A session that the application put there, read in and closed is no lost work."""
+
+    def work() -> None:
+        registry(autoflush=False).execute(select(Item)).all()
+        registry().close()
+
+    app = SessionMiddleware(text(b"", before=work), registry)
+    assert serve_once(app, environ("POST")).status == "200 OK"
+
+
+def test_remove_of_a_session_that_only_began(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """remove() of a session without work, and what follows, is not worth a warning."""
+
+    def work() -> None:
+        registry.begin()
+        registry.remove()
+        registry.execute(select(Item))
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry))
+    assert caplog.text == ""

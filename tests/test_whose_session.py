@@ -493,3 +493,37 @@ def test_a_session_bound_to_a_connection_joins_its_transaction(
             SessionMiddleware(text(b"", before=lambda: registry.add(Item(name="kept"))), registry)
         )
         assert connection.scalars(select(Item.name)).all() == kept
+
+
+def test_reads_that_one_line_throws_away_are_warned_of_once(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line of a safe method that closes the session again and again makes one warning."""
+
+    def work() -> None:
+        for _ in range(2):
+            registry.execute(select(Item))
+            registry().close()
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry))
+    assert caplog.text.count("closed the session") == 1
+
+
+def test_a_connection_of_the_user_is_never_discarded(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When a session on a user's Connection can be neither rolled back nor closed, that stays."""
+
+    class Clinging(Session):
+        def close(self) -> None:
+            raise Broken
+
+        def rollback(self) -> None:
+            raise Broken
+
+    with engine.connect() as connection:
+        registry: Registry = scoped_session(sessionmaker(connection, class_=Clinging))
+        app = text(b"", status="404 No", before=lambda: write(registry))
+        serve_once(SessionMiddleware(app, registry))
+        assert not connection.closed
+    assert "ROLLBACK failed" in caplog.text
