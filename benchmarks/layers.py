@@ -9,7 +9,7 @@ stack that has it when one that has it not is taken away::
     statements         the real handlers, on a connection that is always open
     transaction        all together: what the stacks above do not explain
 
-It prints a table, and draws it in ``docs/static/layers.svg``.
+It prints a table, and draws it in ``build/layers.svg``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 REQUESTS = {"unknown path": ("GET", "/nowhere"), "GET /1": ("GET", "/1"), "POST /": ("POST", "/")}
-PICTURE = Path(__file__).parent.parent / "docs" / "static" / "layers.svg"
+PICTURE = Path(__file__).parent.parent / "build" / "layers.svg"
 COLOURS = {
     "server": "#5b6b7f",
     "router and JSON": "#8a6d1f",
@@ -186,6 +186,7 @@ def main() -> None:
     for name, bar in bars.items():
         values = "".join(f"{value:17.0f}" for value in bar.values())
         print(f"  {name:12}{values}{sum(bar.values()):8.0f}")
+    PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(draw(bars))
     print(f"drawn in {PICTURE.relative_to(PICTURE.parent.parent.parent)}")
 
