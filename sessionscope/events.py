@@ -43,6 +43,8 @@ def _after_transaction_create(session: Session, transaction: SessionTransaction)
     if tracker is not None:
         if transaction.parent is None:
             tracker.on_create()
+            if len(session.dispatch.before_commit) > 1:
+                _come_last(session)
         elif transaction.nested:
             tracker.on_savepoint()
 
@@ -65,19 +67,26 @@ def _reset(dbapi_connection: Any, record: Any, state: PoolResetState) -> None:
 
 @event.listens_for(Session, "before_commit", insert=True)
 def _before_commit(session: Session) -> None:
-    """Have the check run behind all other hooks, those added late and of the session, too.
-
-    Listeners of an instance run after those of its class and its sessionmaker.
-    """
+    """Have the check run behind all other hooks, those added late and of the session, too."""
     tracker = tracker_of(session)
     if tracker is None or session.in_nested_transaction():
         return
-    if len(session.dispatch.before_commit) == 1:
+    if len(session.dispatch.before_commit) == 1 or not _come_last(session):
         tracker.on_before_commit()
-        return
+
+
+def _come_last(session: Session) -> bool:
+    """Put the check behind all hooks that there are; False if a dispatch under way misses it.
+
+    Listeners of an instance run after those of its class and its sessionmaker.  Its first
+    one makes a new collection, which a dispatch that has begun does not see: so this is called
+    when a transaction begins, and once more when it is committed.
+    """
+    collection = session.dispatch.before_commit
     if event.contains(session, "before_commit", _last_before_commit):
         event.remove(session, "before_commit", _last_before_commit)
     event.listen(session, "before_commit", _last_before_commit)
+    return session.dispatch.before_commit is collection
 
 
 def _last_before_commit(session: Session) -> None:

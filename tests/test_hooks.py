@@ -190,6 +190,35 @@ def test_a_commit_hook_that_swallows_an_error_on_postgresql(postgresql_registry:
     assert names(engine) == []
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["ours", "own commit"])
+@pytest.mark.parametrize("when", ["before", "in the view", "in the transaction"])
+def test_a_hook_of_the_maker_that_swallows_an_error_on_postgresql(
+    when: str, own: bool, postgresql_registry: Registry
+) -> None:
+    """A before_commit hook of all sessions that swallowed an error makes no success."""
+    maker = postgresql_registry.session_factory
+
+    def fail(session: Session) -> None:
+        with suppress(DBAPIError):
+            session.execute(sql("SELECT nonsense"))
+
+    def listen(now: str) -> None:
+        if now == when:
+            event.listen(maker, "before_commit", fail)
+
+    def work() -> None:
+        listen("in the view")
+        postgresql_registry.add(Item(name="gone"))
+        listen("in the transaction")
+        if own:
+            postgresql_registry.commit()
+
+    listen("before")
+    with pytest.raises((TransactionDoomed, DBAPIError)):
+        post(postgresql_registry, work)
+    assert names(maker.kw["bind"]) == []
+
+
 def test_a_late_hook_that_swallows_before_an_own_commit(
     registry: Registry, outside: Engine
 ) -> None:
