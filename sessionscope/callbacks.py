@@ -42,7 +42,7 @@ def on_commit(session: Session | Registry, callback: Callback) -> None:
     if isinstance(session, scoped_session):
         # In a callback the registry has another session, but the COMMIT meant is the request's.
         stage = staged(session)
-        units = (getattr(one, "add_callback", None) for one in entries() if one.stage is stage)
+        units = (getattr(one, "add_callback", None) for one in entries() if stage.shows(one))
         add = next(filter(None, units), None)
     else:
         add = getattr(tracker_of(session), "add_callback", None)

@@ -123,6 +123,8 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
             tracker.on_end()
         elif transaction.nested:
             tracker.on_savepoint_ended(transaction)
+        else:
+            tracker.on_flush_ended()
 
 
 @event.listens_for(Session, "after_soft_rollback", insert=True)

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
-from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.orm import Session, scoped_session
@@ -138,12 +137,16 @@ class StagedRegistry(ScopedRegistry[Any]):
     scopefunc = property(lambda self: self.own.scopefunc)
     registry = property(lambda self: self.own.registry)
 
+    def shows(self, entry: Entry) -> bool:
+        """Tell whether *entry* is of this registry."""
+        return entry.stage.own is self.own
+
     def current(self) -> Entry | None:
         """Return what is on stage of this registry, for the running code."""
         node = _active.get()
         while node is not None:
             entry = node.entry
-            if entry.stage is self and not entry.closed:
+            if self.shows(entry) and not entry.closed:
                 return entry
             node = node.parent
         return None
@@ -171,16 +174,14 @@ class StagedRegistry(ScopedRegistry[Any]):
             entry.clear()
 
 
-_installing = Lock()
-
-
 def staged(registry: Registry) -> StagedRegistry:
     """Return the `StagedRegistry` of *registry*, which is installed if there is none yet."""
-    with _installing:
-        found = registry.registry
-        if type(found) is not StagedRegistry:
-            found = registry.registry = StagedRegistry(found)
-        return found
+    found = registry.registry
+    if type(found) is not StagedRegistry:
+        # No lock, which an interrupt could leave locked: if two threads do this at once, both
+        # make one of the same registry, and look-ups don't tell those apart.
+        found = registry.registry = StagedRegistry(found)
+    return found
 
 
 _MISSING: Any = object()

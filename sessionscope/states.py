@@ -5,8 +5,10 @@
     IDLE -> ACTIVE -> COMMITTING -> COMMITTED
                                  -> REFUSED      COMMIT raised, and nothing is durable
                                  -> IN_DOUBT     the answer to COMMIT was lost
-                   -> FAILED                     SQLAlchemy rolled back; the session knows
-                   -> ABANDONED                  the same, by remove() after an error
+                   -> UNDONE                     SQLAlchemy has rolled back
+                      -> FAILED                  because of a flush: the session must, too
+                      -> ROLLED_BACK
+                   -> ABANDONED                  rolled back by remove(), after an error
                    -> DISCARDED                  the session was closed, and its work lost
                       -> ROLLED_BACK             no: Session.rollback() closed it
 
@@ -33,6 +35,7 @@ class State(Enum):
     COMMITTED = auto()
     REFUSED = auto()
     IN_DOUBT = auto()
+    UNDONE = auto()
     FAILED = auto()
     ABANDONED = auto()
     DISCARDED = auto()
@@ -50,7 +53,9 @@ class Event(Enum):
     REFUSED = auto()
     ANSWER_LOST = auto()
     UNDONE = auto()
-    """The database has rolled back; the session may not have heard."""
+    """SQLAlchemy has rolled back, by ``Session.rollback()`` or because of a flush."""
+    FLUSH_FAILED = auto()
+    """It was because of a flush, and the session is of no use until ``Session.rollback()``."""
     REMOVED = auto()
     """The application called ``remove()`` after an error."""
     CLOSED = auto()
@@ -68,7 +73,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.ACTIVE: {
         Event.ALLOWED: State.COMMITTING,
         Event.COMMITTED: State.COMMITTED,
-        Event.UNDONE: State.FAILED,
+        Event.UNDONE: State.UNDONE,
         Event.REMOVED: State.ABANDONED,
         Event.CLOSED: State.DISCARDED,
     },
@@ -76,15 +81,16 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.COMMITTED: State.COMMITTED,
         Event.REFUSED: State.REFUSED,
         Event.ANSWER_LOST: State.IN_DOUBT,
-        Event.UNDONE: State.FAILED,
+        Event.UNDONE: State.UNDONE,
         Event.CLOSED: State.DISCARDED,
     },
     State.REFUSED: {
         Event.ANSWER_LOST: State.IN_DOUBT,
-        Event.UNDONE: State.FAILED,
+        Event.UNDONE: State.UNDONE,
         Event.REMOVED: State.ABANDONED,
         Event.CLOSED: State.DISCARDED,
     },
+    State.UNDONE: {Event.FLUSH_FAILED: State.FAILED, Event.CLOSED: State.ROLLED_BACK},
     State.FAILED: {Event.REMOVED: State.ABANDONED, Event.CLOSED: State.DISCARDED},
     State.DISCARDED: {Event.ROLLED_BACK: State.ROLLED_BACK},
     # Only the database can resolve a doubt.

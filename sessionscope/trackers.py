@@ -104,6 +104,10 @@ class SessionTracker:
             self.transaction.note_error(error)  # the ORM's own: no driver has raised it
         self.transaction.on_undone()
 
+    def on_flush_ended(self) -> None:
+        """A flush is over; if SQLAlchemy has rolled back in it, it failed."""
+        self.transaction.handle(Event.FLUSH_FAILED)
+
     def on_end(self) -> None:
         """The session's transaction is over: committed, rolled back or closed."""
         transaction = self.transaction

@@ -596,3 +596,45 @@ def test_a_hook_that_adds_work_for_ever_is_refused(registry: Registry, outside: 
     with pytest.raises(FlushError):
         post(registry, work)
     assert names(outside) == []
+
+
+def test_a_rollback_whose_hook_raised_loses_nothing(registry: Registry, outside: Engine) -> None:
+    """An after_rollback hook that raised, and was caught, leaves the request sound."""
+
+    def work() -> None:
+        add(registry, "gone")
+        event.listen(registry(), "after_rollback", lambda session: 1 / 0, once=True)
+        with suppress(ZeroDivisionError):
+            registry.rollback()
+        add(registry, "kept")
+
+    post(registry, work)
+    assert names(outside) == ["kept"]
+
+
+@pytest.mark.parametrize("mode", ["explicit", "legacy"])
+def test_busy_before_anything_was_written_dooms_nothing(
+    mode: str, sqlite_url: str, engine: Engine, outside: Engine
+) -> None:
+    """BUSY that came before the transaction held anything, swallowed and tried again, is fine."""
+    impatient = create_engine(sqlite_url, connect_args={"timeout": 0})
+    if mode == "explicit":
+
+        @event.listens_for(impatient, "begin")
+        def begin(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN")
+
+        @event.listens_for(impatient, "connect")
+        def configure(driver: Any, record: object) -> None:
+            driver.isolation_level = None
+
+    registry: Registry = scoped_session(sessionmaker(impatient))
+
+    def work() -> None:
+        with engine.begin(), pytest.raises(DBAPIError, match="locked"):
+            add(registry, "refused")
+        add(registry, "kept")
+
+    post(registry, work)
+    assert names(outside) == ["kept"]
+    impatient.dispose()

@@ -193,11 +193,11 @@ def add_and_flush(registry: Registry) -> None:
     registry.flush()
 
 
-@pytest.mark.parametrize("work", [add, add_and_flush])
+@pytest.mark.parametrize("work", [add, add_and_flush, write])
 def test_written_objects_thrown_away_by_a_safe_method_are_no_success(
     work: Callable[[Registry], object], registry: Registry
 ) -> None:
-    """A GET that threw away pending or flushed objects is doomed too."""
+    """A GET that threw away objects, flushed or not, or what Core had written is doomed too."""
 
     def both() -> None:
         work(registry)
