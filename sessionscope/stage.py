@@ -17,10 +17,11 @@ An `Entry` is what a node has on stage: the unit of work of a request or a scope
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
+from inspect import currentframe
+from traceback import walk_stack
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.orm import Session, scoped_session
@@ -219,8 +220,11 @@ class AppContext:
 
 def caller() -> str:
     """Return file and line of the code that called into SQLAlchemy or into this library."""
-    frame = sys._getframe(1)
     passed = ("sessionscope", "sqlalchemy", "contextlib")
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in passed:
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    frames = (frame for frame, _ in walk_stack(currentframe()))
+    found = next(
+        frame
+        for frame in frames
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in passed
+    )
+    return f"{found.f_code.co_filename}:{found.f_lineno}"

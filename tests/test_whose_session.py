@@ -280,17 +280,22 @@ def test_work_after_remove_is_kept(
     assert len(re.findall(r"test_whose_session\.py:\d+ removed a session", caplog.text)) == 2
 
 
+def fail_and_remove(registry: Registry) -> None:
+    """Swallow the error of a flush, and then remove the session, as teardowns do."""
+    registry.add(Item(id=1, name="first"))
+    registry.flush()
+    registry.add(Item(id=1, name="twice"))
+    with suppress(IntegrityError), catch_warnings():
+        simplefilter("ignore")
+        registry.flush()
+    registry.remove()
+
+
 def test_remove_after_an_error_rolls_back(registry: Registry, outside: Engine) -> None:
     """remove() after a failed flush lets the application go on, as by hand."""
 
     def work() -> None:
-        registry.add(Item(id=1, name="first"))
-        registry.flush()
-        registry.add(Item(id=1, name="twice"))
-        with suppress(IntegrityError), catch_warnings():
-            simplefilter("ignore")
-            registry.flush()
-        registry.remove()
+        fail_and_remove(registry)
         registry.add(Item(id=1, name="second"))
 
     serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
@@ -301,13 +306,7 @@ def test_remove_after_an_error_is_no_success_by_itself(registry: Registry, outsi
     """A failed flush that was swallowed stays one when a teardown removes the session."""
 
     def work() -> None:
-        registry.add(Item(id=1, name="first"))
-        registry.flush()
-        registry.add(Item(id=1, name="twice"))
-        with suppress(IntegrityError), catch_warnings():
-            simplefilter("ignore")
-            registry.flush()
-        registry.remove()
+        fail_and_remove(registry)
 
     with pytest.raises(TransactionDoomed) as caught:
         serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
