@@ -34,7 +34,8 @@ def main(tests: list[str]) -> None:
 
 def find(version: str) -> str | None:
     """Return a Python of *version* that runs, if there is one."""
-    check = f"import sys, ensurepip; sys.exit(sys.version_info[:2] != {tuple(map(int, version.split('.')))})"
+    major, minor = version.split(".")
+    check = f"import sys, ensurepip; sys.exit(sys.version_info[:2] != ({major}, {minor}))"
     for python in candidates(version):
         if subprocess.run([python, "-c", check], capture_output=True).returncode == 0:
             return python
@@ -55,9 +56,9 @@ def run(version: str, python: str, requirement: str, tests: list[str]) -> None:
     print(f"Python {version}, {requirement}: installing in {folder}", flush=True)
     if not (folder / "bin" / "pip").exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
-    pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [f"{folder}/bin/pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--editable", ".[test]", requirement], check=True)
-    pytest = [folder / "bin" / "pytest", "-q", "--numprocesses", "2", "--dist", "loadgroup"]
+    pytest = [f"{folder}/bin/pytest", "-q", "--numprocesses", "2", "--dist", "loadgroup"]
     subprocess.run([*pytest, *tests], check=True)
 
 
