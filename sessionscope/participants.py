@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from sessionscope import databases
+from sessionscope.forks import inherited
 from sessionscope.stage import log
 from sessionscope.states import State
 from sqlalchemy import event
@@ -58,6 +59,14 @@ class Participant:
         self.others.discard(self)
         while self.listeners:
             event.remove(self.connection, *self.listeners.pop())
+
+    def refuse_if_inherited(self) -> None:
+        """Refuse to work on a connection that another process opened."""
+        error = inherited(self.connection)
+        if error is not None:
+            self.aborted = True
+            self.owner.note_error(error)
+            raise error
 
     def watch_statements(self) -> None:
         """Look at each statement for one that may make work durable."""

@@ -65,6 +65,7 @@ class Transaction:
         if self.watched:
             participant.watch_statements()
         self.handle(Event.JOINED)
+        participant.refuse_if_inherited()
 
     def begin_sqlite(self) -> None:
         """Keep SQLite from committing when the outermost savepoint is released."""
