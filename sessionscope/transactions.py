@@ -63,7 +63,7 @@ class Transaction:
         participant = Participant(self, connection)
         self.participants.append(participant)
         if self.watched:
-            participant.watch_statements()
+            participant.watch()
         self.handle(Event.JOINED)
         participant.refuse_if_inherited()
 
