@@ -15,7 +15,6 @@ import flask
 import pytest
 from flask_login import LoginManager, UserMixin, current_user, login_user
 from flask_sqlalchemy import SQLAlchemy
-from flask_sqlalchemy.session import Session
 from flask_sqlalchemy.track_modifications import models_committed
 from sessionscope import CommitOutcomeUnknown, SessionMiddleware, on_commit, session_scope
 from sessionscope.testing import isolated
@@ -438,6 +437,23 @@ def test_an_application_that_is_not_wrapped_shares_the_extension(
     assert stored(plain) == ["kept"]
 
 
+def test_another_application_in_a_request_needs_a_scope(
+    app: flask.Flask, make_app: MakeApp
+) -> None:
+    """A session_scope in another application's context writes to that one's database."""
+    other = make_app()
+
+    @app.post("/")
+    def create() -> str:
+        db.session.add(Item(name="here"))
+        with other.app_context(), session_scope(db.session):
+            db.session.add(Item(name="there"))
+        return "ok"
+
+    TestApp(app).post("/")
+    assert (stored(app), stored(other)) == (["here"], ["there"])
+
+
 # Outside of requests.
 
 
@@ -802,52 +818,6 @@ def test_a_client_that_hangs_up_ends_a_stream(app: flask.Flask) -> None:
     server.finish()
     assert connections_out(app) == 0
     assert stored(app) == ["one", "two"]
-
-
-# A replica.
-
-
-class ReaderSession(Session):
-    """Flask-SQLAlchemy's session, but it lets ``reader=`` have the default engine's place."""
-
-    def get_bind(self, *args: Any, **options: Any) -> Any:
-        bind = super().get_bind(*args, **options)
-        return self.bind or bind if bind is self._db.engine else bind
-
-
-def test_a_reader_needs_a_session_of_ones_own(tmp_path: Path) -> None:
-    """Flask-SQLAlchemy picks the engine itself; a subclass of its session respects reader=."""
-    shop = SQLAlchemy(session_options={"class_": ReaderSession})
-    urls = [f"sqlite:///{tmp_path}/{name}.db" for name in ("primary", "replica")]
-    base: Any = shop.Model
-
-    class Thing(base):  # type: ignore[misc]
-        id = mapped_column(shop.Integer, primary_key=True)
-        name = mapped_column(shop.String(40))
-
-    apps = [flask.Flask(name) for name in ("primary", "replica")]
-    for app, url in zip(apps, urls, strict=True):
-        app.config["SQLALCHEMY_DATABASE_URI"] = url
-        shop.init_app(app)
-        with app.app_context():
-            shop.create_all()
-            shop.session.add(Thing(name=f"of the {app.name}"))
-            shop.session.commit()
-            reader = shop.engine
-    app = apps[0]
-    app.wsgi_app = SessionMiddleware(  # type: ignore[method-assign]
-        app.wsgi_app, shop.session, reader=reader
-    )
-
-    @app.route("/", methods=["GET", "POST"])
-    def show() -> str:
-        return str(Thing.query.one().name)
-
-    client = TestApp(app)
-    assert [client.get("/").text, client.post("/").text] == ["of the replica", "of the primary"]
-    with app.app_context():
-        shop.engine.dispose()
-    reader.dispose()
 
 
 # Many at once.
