@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.track_modifications import models_committed
 from sessionscope import CommitOutcomeUnknown, SessionMiddleware, on_commit, session_scope
 from sessionscope.testing import isolated
-from sqlalchemy import Engine, ForeignKey, QueuePool, String, select
+from sqlalchemy import Engine, ForeignKey, QueuePool, String, insert, select
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, object_session, relationship
 from support import PATIENCE, Server, environ, fetch, serving
@@ -505,7 +506,7 @@ def test_session_scope_needs_only_a_context(app: flask.Flask) -> None:
 # Tests of users.
 
 
-def test_a_pushed_context_keeps_nothing_of_a_closed_response(app: flask.Flask) -> None:
+def test_a_pushed_context_keeps_nothing_of_a_request(app: flask.Flask) -> None:
     """In a context around several requests g outlives each; what it holds belongs to nobody."""
     keep(app, User(name="Ada"))
 
@@ -518,7 +519,7 @@ def test_a_pushed_context_keeps_nothing_of_a_closed_response(app: flask.Flask) -
 
     with app.app_context():
         for _ in range(2):
-            app.test_client().post("/").close()
+            assert app.test_client().post("/").status == "200 OK"
             assert object_session(flask.g.user) is None
     assert stored(app, Note.user_id) == [1, 1]
 
@@ -653,6 +654,100 @@ def test_a_nested_context_ends_nothing(status: int, names: list[str], app: flask
 
     assert TestApp(app).post("/", status=status).text == "1"
     assert stored(app) == names
+
+
+def open_a_context(app: flask.Flask) -> None:
+    """What a helper does that needs the application: an eager task, a mail that is rendered."""
+    with app.app_context():
+        flask.render_template_string("")
+
+
+def test_a_nested_context_in_a_savepoint_loses_no_work(app: flask.Flask) -> None:
+    """A context that is opened while a savepoint fails takes back no more than the savepoint."""
+    keep(app, Item(id=1, name="old"))
+
+    @app.post("/")
+    def create() -> str:
+        db.session.add(Item(name="before"))
+        db.session.flush()
+        with contextlib.suppress(IntegrityError), db.session.begin_nested():
+            db.session.add(Item(id=1, name="twice"))
+            try:
+                db.session.flush()
+            except IntegrityError:
+                open_a_context(app)
+                raise
+        db.session.add(Item(name="after"))
+        return "ok"
+
+    TestApp(app).post("/")
+    assert stored(app) == ["old", "before", "after"]
+
+
+def test_a_nested_context_hides_no_error(app: flask.Flask) -> None:
+    """Work that a swallowed error has undone is no success, whatever contexts were opened."""
+    keep(app, Item(id=1, name="old"))
+
+    @app.post("/")
+    def create() -> str:
+        db.session.add(Item(name="before"))
+        db.session.flush()
+        db.session.add(Item(id=1, name="twice"))
+        with contextlib.suppress(IntegrityError):
+            db.session.flush()
+        open_a_context(app)
+        db.session.execute(insert(Item).values(name="after"))
+        return "ok"
+
+    TestApp(app).post("/", status=500)
+    assert stored(app) == ["old"]
+
+
+def test_a_rollback_after_a_nested_context_is_enough(app: flask.Flask) -> None:
+    """A view that rolls back after an error is a success, though a context was opened before."""
+    keep(app, Item(id=1, name="old"))
+
+    @app.post("/")
+    def create() -> str:
+        db.session.add(Item(id=1, name="twice"))
+        try:
+            db.session.flush()
+        except IntegrityError:
+            open_a_context(app)
+            db.session.rollback()
+        return "ok"
+
+    TestApp(app).post("/")
+    assert stored(app) == ["old"]
+
+
+def test_a_nested_context_after_the_commit(make_app: MakeApp) -> None:
+    """A receiver of models_committed may open a context."""
+    app = make_app(config={"SQLALCHEMY_TRACK_MODIFICATIONS": True})
+    client = add_view(app)
+
+    def index(sender: flask.Flask, changes: object) -> None:
+        open_a_context(sender)
+
+    with models_committed.connected_to(index, app):
+        client.post("/kept/200")
+    assert stored(app) == ["kept"]
+
+
+def test_a_nested_context_is_worth_no_warning(
+    app: flask.Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The session that a nested context leaves alone goes on without a word."""
+    keep(app, Item(name="old"))
+
+    @app.get("/")
+    def show() -> str:
+        name: str = Item.query.one().name
+        open_a_context(app)
+        return f"{name}{Item.query.one().name}"
+
+    assert TestApp(app).get("/").text == "oldold"
+    assert [record for record in caplog.records if record.name == "sessionscope"] == []
 
 
 def test_a_scope_in_a_request_is_on_its_own(make_app: MakeApp, any_url: str) -> None:
