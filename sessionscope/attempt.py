@@ -129,6 +129,8 @@ class Attempt:
                     self.roll_back(error)
                     raise
         finally:
+            if self.settled:
+                self.unit.session.expunge_all()  # some servers and test clients never close
             if self.returned and self.settled:
                 self.report()
         if self.returned:
