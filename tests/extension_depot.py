@@ -68,7 +68,6 @@ def main(url: str, folder: str, *requests: str) -> None:
     for work, status in zip(requests[::2], requests[1::2], strict=True):
         with suppress(IntegrityError):
             serve_once(app, environ("POST", f"/{work}", QUERY_STRING=status))
-    Base.metadata.drop_all(engine)
     engine.dispose()
 
 
