@@ -50,9 +50,29 @@ TEST = [
     "WebTest>=3.0",
 ]
 BENCH = [*APP, "Flask>=3.1", "repoze.tm2>=2.2", "zope.sqlalchemy>=3"]
+# Whose place in a request the tests prove; nothing else needs them.
+EXTENSIONS = [
+    "celery>=5.4",
+    "factory-boy>=3.3",
+    "filedepot>=0.12",
+    "Flask-Admin>=2",
+    "Flask-Caching>=2.3",
+    "Flask-Mail>=0.10",
+    "Flask-Migrate>=4",
+    "flask-sock>=0.7",
+    "opentelemetry-instrumentation-flask>=0.60b0",
+    "opentelemetry-instrumentation-psycopg>=0.60b0",
+    "opentelemetry-instrumentation-sqlalchemy>=0.60b0",
+    "opentelemetry-instrumentation-wsgi>=0.60b0",
+    "opentelemetry-sdk>=1.39",
+    "sentry-sdk>=2.40",
+    "SQLAlchemy-Continuum>=2",
+    "strawberry-graphql>=0.280",
+]
 DOCS = ["furo>=2024.8", "myst-parser>=4", "Sphinx>=8"]
 DEV = [
     *TEST,
+    *EXTENSIONS,
     *DOCS,
     "build>=1.2",
     "mypy>=1.15",
@@ -94,6 +114,7 @@ setup(
         "postgresql": POSTGRESQL,
         "mysql": MYSQL,
         "test": TEST,
+        "extensions": EXTENSIONS,
         "docs": DOCS,
         "bench": BENCH,
         "dev": DEV,
