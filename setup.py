@@ -51,6 +51,7 @@ TEST = [
 ]
 BENCH = [*APP, "Flask>=3.1", "repoze.tm2>=2.2", "zope.sqlalchemy>=3"]
 DOCS = ["furo>=2024.8", "myst-parser>=4", "Sphinx>=8"]
+DRIVERS = ["mariadb>=1.1.14", "mysqlclient>=2.2"]  # the second is compiled; CI tests with them
 DEV = [
     *TEST,
     *DOCS,
@@ -96,6 +97,7 @@ setup(
         "test": TEST,
         "docs": DOCS,
         "bench": BENCH,
+        "drivers": DRIVERS,
         "dev": DEV,
     },
     entry_points={
