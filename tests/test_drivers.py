@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from conflicts import Base, Counter, Holder, Request, add_one, change_after, val
 from links import Cut, Link, linked
 from sessionscope import CommitOutcomeUnknown, TransactionDoomed
 from sessionscope.engines import make_engine, make_reader
-from sqlalchemy import Engine, insert, make_url, select, update
+from sqlalchemy import Engine, delete, insert, make_url, select, update
 from sqlalchemy import text as sql
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -57,18 +58,33 @@ def server(driver: str, request: pytest.FixtureRequest) -> URL:
     return make_url(request.getfixturevalue(f"{driver.partition('+')[0]}_url"))
 
 
+@pytest.fixture(scope="module")
+def prepared() -> Iterator[Callable[[URL], Engine]]:
+    """Make the tables on a server when a test first wants it, and drop them at the end."""
+    with ExitStack() as stack:
+
+        @cache
+        def prepared(url: URL) -> Engine:
+            engine = make_engine(url)
+            stack.callback(engine.dispose)
+            stack.callback(drop_tables, engine)
+            stack.callback(Base.metadata.drop_all, engine)
+            make_tables(engine)
+            Base.metadata.create_all(engine)
+            return engine
+
+        yield prepared
+
+
 @pytest.fixture
-def outside(server: URL) -> Iterator[Engine]:
-    """The tables, two counters at 0, and an engine to see what is durable."""
-    engine = make_engine(server)
-    make_tables(engine)
-    Base.metadata.create_all(engine)
+def outside(prepared: Callable[[URL], Engine], server: URL) -> Engine:
+    """No item, two counters at 0, and an engine to see what is durable."""
+    engine = prepared(server)
     with engine.begin() as connection:
+        connection.execute(delete(Item))
+        connection.execute(delete(Counter))
         connection.execute(insert(Counter), [{"id": key, "value": 0} for key in (1, 2)])
-    yield engine
-    Base.metadata.drop_all(engine)
-    drop_tables(engine)
-    engine.dispose()
+    return engine
 
 
 @pytest.fixture
