@@ -70,6 +70,7 @@ EXTENSIONS = [
     "strawberry-graphql>=0.280",
 ]
 DOCS = ["furo>=2024.8", "myst-parser>=4", "Sphinx>=8"]
+DRIVERS = ["mariadb>=1.1.14", "mysqlclient>=2.2"]  # the second is compiled; CI tests with them
 DEV = [
     *TEST,
     *EXTENSIONS,
@@ -117,6 +118,7 @@ setup(
         "extensions": EXTENSIONS,
         "docs": DOCS,
         "bench": BENCH,
+        "drivers": DRIVERS,
         "dev": DEV,
     },
     entry_points={
