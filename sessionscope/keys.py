@@ -131,7 +131,11 @@ class Claim:
         values = {"id": self.id, "request": self.request, "created": self.created}
         with self.context():
             statement = insert_unless_there(self.table, self.dialect())
-            done: Any = self.unit.session.execute(statement.values(**values, response=response))
+            statement = statement.values(**values, response=response)
+            done: Any = self.unit.session.execute(
+                statement,
+                execution_options={"preserve_rowcount": True},  # of an INSERT, too
+            )
         self.transaction = self.unit.transaction
         return bool(done.rowcount)
 
