@@ -24,7 +24,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Insert, Row
 
     Context = Callable[[], AbstractContextManager[object]]
+
+# MariaDB makes a MEDIUMBLOB of either; that it is one, Alembic knows of the second only.
+_RESPONSE = LargeBinary(MAX_RESPONSE).with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 PURGE_ATTEMPTS = 5
 """How often `purge` tries to delete one batch that conflicts with others."""
@@ -52,7 +55,7 @@ def idempotency_table(metadata: MetaData, name: str = "idempotency_keys", **opti
         Column("id", String(64), primary_key=True),  # SHA-256 of scope and key
         Column("request", String(64), nullable=False),  # SHA-256 of what was asked for
         Column("created", BigInteger, nullable=False, index=True),  # ns since 1970
-        Column("response", LargeBinary(MAX_RESPONSE)),  # NULL: carried out, but not kept
+        Column("response", _RESPONSE),  # NULL: carried out, but not kept
         **options,
     )
 
