@@ -75,7 +75,7 @@ def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 
         raise TypeError(f"older_than must be a timedelta, not {older_than!r}")
     if older_than < timedelta(0) or batch < 1:
         raise ValueError("older_than must not be negative, and batch must be 1 or more")
-    before = time_ns() - older_than // timedelta(microseconds=1) * 1000
+    before = max(0, time_ns() - older_than // timedelta(microseconds=1) * 1000)
     total = 0
     while True:
         found, deleted = _purge_patiently(registry, table, before, batch)
