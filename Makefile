@@ -49,7 +49,8 @@ bench: .venv/installed-bench
 	PYTHONPATH=. $(BIN)/python benchmarks/layers.py
 
 # The library once more, on the older of the two SQLAlchemys that it supports.
-LIBRARY := after_commit app_context attempts confirm doomed hooks lost_work outcome receipt \
+LIBRARY := after_commit app_context attempts confirm doomed hooks idempotency \
+	idempotency_keeping idempotency_races idempotency_views keyed lost_work outcome receipt \
 	replayable session_ends stage streams testing whose_session
 test-sqlalchemy-2.0: .venv-2.0/installed-dev
 	.venv-2.0/bin/$(PYTEST) $(LIBRARY:%=tests/test_%.py)
