@@ -49,7 +49,8 @@ bench: .venv/installed-bench
 	PYTHONPATH=. $(BIN)/python benchmarks/million.py
 	PYTHONPATH=. $(BIN)/python benchmarks/layers.py
 
-LIBRARY := after_commit app_context attempts confirm doomed hooks lost_work outcome receipt \
+LIBRARY := after_commit app_context attempts confirm doomed flask_sqlalchemy forks hooks idempotency \
+	idempotency_keeping idempotency_races idempotency_views keyed lost_work outcome receipt \
 	replayable session_ends stage streams testing whose_session
 test-matrix: .venv/installed-dev
 	$(BIN)/python tests/matrix.py $(LIBRARY:%=tests/test_%.py)

@@ -22,6 +22,7 @@ TEST = [
     *POSTGRESQL,
     *MYSQL,
     "a2wsgi>=1.10",
+    "alembic>=1.13",
     "axe-playwright-python>=0.1.4",
     "bottle>=0.13",
     "coverage>=7.10",

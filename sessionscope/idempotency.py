@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary, ref
 
 from sessionscope.attempt import SESSION_KEY
-from sessionscope.databases import error_code
 from sessionscope.keyed import (
     MAX_RESPONSE,
     Problem,
@@ -57,9 +56,6 @@ log = logging.getLogger("sessionscope")
 
 CLAIM_KEY = "sessionscope.idempotency"
 """The environ's key for a reference to the claim of the request."""
-
-WAITED_TOO_LONG = frozenset({"55P03", "57014", 1205, 1969})
-"""Lock and statement timeouts of PostgreSQL and MariaDB: a rival is still at work."""
 
 
 class Idempotency:
@@ -179,10 +175,6 @@ class Idempotency:
         try:
             first = claim.insert()
             found = None if first else claim.find()
-        except Exception as error:
-            if error_code(error) in WAITED_TOO_LONG:
-                raise in_progress() from error
-            raise
         finally:
             claim.is_running = first
         if first:

@@ -38,7 +38,7 @@ PHRASES = {
 # A String (RFC 9651, 3.3.3) whose parameters (3.1.2) mean nothing here; or its characters
 # without quotes, as most clients send them.  A comma would separate two fields (RFC 9110, 5.3).
 _STRING = r'"((?:[ !#-\[\]-~]|\\["\\])*)"'
-_PARAMETER = r' *; *[a-z*][a-z0-9_.*-]*(?:=(?:"(?:[ !#-\[\]-~]|\\["\\])*"|[^ ";,]+))?'
+_PARAMETER = r' *; *[a-z*][a-z0-9_.*-]*(?:=(?:"(?:[ !#-\[\]-~]|\\["\\])*"|[!#-+\--:<-~]+))?'
 _QUOTED = re.compile(f"{_STRING}(?:{_PARAMETER})*")
 _BARE = re.compile(r"[ !#-+\--\[\]-~]*")
 _NUMBER = re.compile(r"[0-9]+")

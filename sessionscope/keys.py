@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from time import sleep, time_ns
 from typing import TYPE_CHECKING, Any
 
-from sessionscope.databases import is_transient
-from sessionscope.keyed import MAX_RESPONSE
+from sessionscope.databases import error_code, is_transient
+from sessionscope.keyed import MAX_RESPONSE, in_progress
 from sessionscope.unit_of_work import session_scope
 from sqlalchemy import (
     BigInteger,
@@ -24,7 +24,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Insert, Row
 
     Context = Callable[[], AbstractContextManager[object]]
+
+# MariaDB makes a MEDIUMBLOB of either; that it is one, Alembic knows of the second only.
+_RESPONSE = LargeBinary(MAX_RESPONSE).with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
+
+WAITED_TOO_LONG = frozenset({"55P03", "57014", 1205, 1969})
+"""Lock and statement timeouts of PostgreSQL and MariaDB: a rival is still at work."""
 
 PURGE_ATTEMPTS = 5
 """How often `purge` tries to delete one batch that conflicts with others."""
@@ -52,7 +58,7 @@ def idempotency_table(metadata: MetaData, name: str = "idempotency_keys", **opti
         Column("id", String(64), primary_key=True),  # SHA-256 of scope and key
         Column("request", String(64), nullable=False),  # SHA-256 of what was asked for
         Column("created", BigInteger, nullable=False, index=True),  # ns since 1970
-        Column("response", LargeBinary(MAX_RESPONSE)),  # NULL: carried out, but not kept
+        Column("response", _RESPONSE),  # NULL: carried out, but not kept
         **options,
     )
 
@@ -72,7 +78,7 @@ def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 
         raise TypeError(f"older_than must be a timedelta, not {older_than!r}")
     if older_than < timedelta(0) or batch < 1:
         raise ValueError("older_than must not be negative, and batch must be 1 or more")
-    before = time_ns() - older_than // timedelta(microseconds=1) * 1000
+    before = max(0, time_ns() - older_than // timedelta(microseconds=1) * 1000)
     total = 0
     while True:
         found, deleted = _purge_patiently(registry, table, before, batch)
@@ -127,11 +133,17 @@ class Claim:
         """Insert the row unless it is there, and tell whether it was not.
 
         Waits for a rival that has inserted it and not committed yet.
+
+        :raises Problem: if the database does not let it wait any longer.
         """
         values = {"id": self.id, "request": self.request, "created": self.created}
-        with self.context():
+        with self.session_in_use():
             statement = insert_unless_there(self.table, self.dialect())
-            done: Any = self.unit.session.execute(statement.values(**values, response=response))
+            statement = statement.values(**values, response=response)
+            done: Any = self.unit.session.execute(
+                statement,
+                execution_options={"preserve_rowcount": True},  # of an INSERT, too
+            )
         self.transaction = self.unit.transaction
         return bool(done.rowcount)
 
@@ -139,7 +151,7 @@ class Claim:
         """Return the row of an earlier request; None if it was purged meanwhile."""
         row = self.table.c
         query = select(row.request, row.response).where(row.id == self.id)
-        with self.context():
+        with self.session_in_use():
             if self.dialect() in ("mysql", "mariadb"):
                 query = query.with_for_update(read=True)  # it may be younger than our snapshot
             return self.unit.session.execute(query).first()
@@ -151,10 +163,21 @@ class Claim:
         """
         row = self.table.c
         own = (row.id == self.id) & (row.created == self.created)
-        with self.context():
+        with self.session_in_use():
             statement = update(self.table).where(own).values(response=response)
             done: Any = self.unit.session.execute(statement)
         return bool(done.rowcount) or self.insert(response)
+
+    @contextmanager
+    def session_in_use(self) -> Iterator[None]:
+        """Run a block that uses the session, and may wait for a rival."""
+        try:
+            with self.context():
+                yield
+        except Exception as error:
+            if error_code(error) in WAITED_TOO_LONG:
+                raise in_progress() from error
+            raise
 
     def may_be_lost(self) -> bool:
         """Tell whether the application has ended the transaction in which the row was inserted."""
