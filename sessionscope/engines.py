@@ -49,6 +49,7 @@ _LIVENESS: dict[str, dict[str, int]] = {
     "psycopg2": {"connect_timeout": 5},
     "pymysql": {"connect_timeout": 5, "read_timeout": 20, "write_timeout": 20},
     "mysqldb": {"connect_timeout": 5, "read_timeout": 20, "write_timeout": 20},
+    "mariadbconnector": {"connect_timeout": 5, "read_timeout": 20, "write_timeout": 20},
 }
 
 # What each session of a server is told, where the server knows the variable: refuse a lost

@@ -186,7 +186,7 @@ class Participant:
         """Hear of an error on the connection, before anybody can swallow or translate it."""
         error = context.sqlalchemy_exception or context.original_exception
         owner, connection = self.owner, self.connection
-        if databases.error_code(error) in databases.NODE_LOST:
+        if isinstance(error, OSError) or databases.error_code(error) in databases.NODE_LOST:
             context.is_disconnect = True  # SQLAlchemy does not count it as one
             context.invalidate_pool_on_disconnect = False
         owner.note_error(error)

@@ -178,7 +178,9 @@ class Transaction:
         :param error: what the application raised; None if it made a response.
         """
         noted = self.error
-        if databases.is_transient(noted) and (error is None or _is_because_of(error, noted)):
+        # pg8000 lets through what its socket raises.
+        transient = isinstance(noted, OSError) or databases.is_transient(noted)
+        if transient and (error is None or _is_because_of(error, noted)):
             return noted
         return None
 
