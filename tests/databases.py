@@ -392,7 +392,12 @@ class PostgreSQL(Node):
 
 
 def postgresql_programs(folder: Path) -> Path:
-    """The folder of PostgreSQL's programs: the machine's, or else those of a wheel."""
+    """The folder of PostgreSQL's programs: the machine's, or else those of a wheel.
+
+    With POSTGRESQL=wheel in the environment they are the wheel's, which is PostgreSQL 18.
+    """
+    if os.environ.get("POSTGRESQL") == "wheel":
+        return wheel_programs(folder)
     machine = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     try:
         return Path(find("initdb", *machine)).parent
