@@ -350,8 +350,8 @@ def test_flask_sqlalchemy(path: str, shop: flask.Flask) -> None:
     """With the application's context the same holds for its views, and for its streams."""
     client = shop.test_client()
     first = client.post(path, headers={"Idempotency-Key": '"k"'})
+    assert (first.status_code, first.data) == (201, b"lamp 1")  # which ends a stream
     repeat = client.post(path, headers={"Idempotency-Key": '"k"'})
-    assert (first.status_code, first.data) == (201, b"lamp 1")
     assert (repeat.status_code, repeat.data) == (201, b"lamp 1")
     assert [*repeat.headers] == [*first.headers, ("Idempotent-Replayed", "true")]
     assert "Idempotent-Replayed" not in first.headers

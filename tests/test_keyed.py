@@ -98,7 +98,11 @@ def test_the_longest_key(any_service: Service) -> None:
     assert any_service.calls == 2
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     st.text(st.characters(max_codepoint=255), max_size=300) | st.text('"\\;=, ak*\t', max_size=9)
 )
