@@ -284,9 +284,11 @@ def test_a_subrequest_is_a_part(shape: str, service: Service, engine: Engine) ->
 
 def test_an_environ_may_be_used_again(service: Service) -> None:
     """A server that keeps an environ for its next request does not turn keys off by it."""
-    request = post()
-    first = serve_once(service.app, request)
+    service.inner = lambda environ, start_response: iter(service.create(environ, start_response))
+    request, server = post(), Server(service.app)
+    first = server.run(request)
     assert is_replay(serve_once(service.app, request), first)
+    assert server.reply is first  # which holds the body
 
 
 # Flask-SQLAlchemy, whose session finds its engine in the context of the application.
