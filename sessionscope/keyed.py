@@ -12,7 +12,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from sessionscope.response import is_success
+from sessionscope.response import Head, is_success
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -183,7 +183,9 @@ class Recording:
             head = "\r\n".join(lines).encode("latin-1")
         except (AttributeError, TypeError, ValueError):
             return None  # the server says what it thinks of such headers
-        written = head + b"\r\n\r\n" + b"".join(self.chunks)
+        # What is beyond the Content-Length was dropped on its way, and a 204 has no body.
+        length = Head("", str(self.status), self.headers, None).length
+        written = head + b"\r\n\r\n" + b"".join(self.chunks)[:length]
         is_plain = len(re.split(b"[\r\n]+", head)) == len(lines)
         return written if is_plain and len(written) <= MAX_RESPONSE else None
 
