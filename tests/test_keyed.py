@@ -170,7 +170,7 @@ def upload(content: bytes, **how: Any) -> tuple[Upload, WSGIEnvironment]:
 
 SENT: dict[str, dict[str, Any]] = {
     "announced": {"CONTENT_LENGTH": "10"},
-    "chunked": {"HTTP_TRANSFER_ENCODING": "chunked"},
+    "chunked": {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True},
     "terminated": {"wsgi.input_terminated": True},
 }
 
@@ -194,6 +194,13 @@ def test_the_application_reads_what_the_client_sent(how: str, service: Service) 
     assert is_replay(serve_once(service.app, upload(b"0123456789", **SENT[how])[1]), first)
     other = upload(b"012345678x", **SENT[how])[1]
     assert code(serve_once(service.app, other)) == 422
+
+
+def test_a_chunked_body_of_unknown_end(service: Service) -> None:
+    """It is a 411, unread, if the server does not say that the input ends with the body."""
+    body, request = upload(b"0123456789", HTTP_TRANSFER_ENCODING="chunked")
+    assert code(serve_once(service.app, request)) == 411
+    assert (body.taken, service.calls) == (0, 0)
 
 
 @pytest.mark.parametrize("how", SENT)
