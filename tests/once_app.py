@@ -32,18 +32,6 @@ if TYPE_CHECKING:
 
 keys = idempotency_table(MetaData())
 
-DEATHS = [
-    "before the work",
-    "after the work",
-    "after an early commit",
-    "in the stream",
-    "before COMMIT",
-    "in on_commit",
-    "after COMMIT",
-    "before the end",
-]
-"""Where the process may be told to die, in this order."""
-
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

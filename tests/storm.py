@@ -18,7 +18,6 @@ import random
 import signal
 import socket
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -30,13 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import databases
+import once
 from clusters import galera_cluster
-from once_app import keys as key_table
-from sqlalchemy import Engine, create_engine, select
-from sqlalchemy.pool import NullPool
+from once import Answer
 from support import PATIENCE
-
-from models import Base, Item
 
 TIMEOUTS = [0.005, 0.02, 0.05, 5.0]
 """Seconds that a client waits for an answer; drawn for each request."""
@@ -55,23 +51,6 @@ KILL_EVERY = 0.7
 
 RESET = struct.pack("ii", 1, 0)
 """Of SO_LINGER, socket(7): close() is to reset the connection."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """All of a response that must be the same in each answer to a key."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    content: bytes
-
-    @classmethod
-    def read(cls, response: http.client.HTTPResponse) -> Answer:
-        """The answer, once it is there as a whole."""
-        content = response.read()
-        of_the_view = {"content-type", "location"}
-        headers = [pair for pair in response.getheaders() if pair[0].lower() in of_the_view]
-        return cls(response.status, tuple(headers), content)
 
 
 @dataclass
@@ -116,19 +95,13 @@ class Client:
     def ask(self, name: str, key: str) -> Answer:
         """Ask once, and wait only so long."""
         timeout = self.chance.choice(TIMEOUTS)
-        headers = {
-            "Authorization": f"client-{self.number}",
-            "Idempotency-Key": f'"{key}"',
-            "X-View": self.chance.choice(VIEWS),
-            "X-Pace": str(PACE),
-            "Content-Length": str(len(name)),
-        }
+        head = once.headers(name, key, f"client-{self.number}", self.chance.choice(VIEWS))
         sent = name.encode()
         if self.chance.random() < HANG_UPS:
             sent = sent[: self.chance.randrange(len(sent))]
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            connection.request("POST", "/", sent, headers)
+            connection.request("POST", "/", sent, {**head, "X-Pace": str(PACE)})
             if len(sent) < len(name):
                 connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 raise ConnectionAbortedError("on purpose")
@@ -171,16 +144,12 @@ class Toll:
 
 @contextmanager
 def workers(urls: list[str], folder: Path, keyed: bool) -> Iterator[tuple[int, int]]:
-    """Serve `once_app` from three processes that are replaced when they die; port and pid."""
+    """Serve from three processes that are replaced when they die; port and pid."""
     port = databases.free_port()
-    path = f"{Path(__file__).parent.parent}:{Path(__file__).parent}"
-    command = [
-        *("env", f"PYTHONPATH={path}", f"ONCE_DATABASE={' '.join(urls)}"),
-        *(f"ONCE_KEYS={'yes' if keyed else 'no'}", sys.executable, "-m", "gunicorn", "--preload"),
-        *("--workers", "3", "--threads", "4", "--bind", f"127.0.0.1:{port}", "once_app"),
-    ]
-    with databases.running(command, user=None, folder=folder, port=port) as process:
-        yield port, process.pid
+    gunicorn = ["-m", "gunicorn", "--preload", "--bind", f"127.0.0.1:{port}", "once_app"]
+    several = ["--workers", "3", "--threads", "4"]
+    with once.served(*gunicorn, *several, urls=urls, port=port, folder=folder, keyed=keyed) as pid:
+        yield port, pid
 
 
 @contextmanager
@@ -204,19 +173,6 @@ def killing(master: int, chance: random.Random) -> Iterator[list[int]]:
         thread.join(PATIENCE)
 
 
-@contextmanager
-def tables(url: str) -> Iterator[Engine]:
-    """Have the tables in a database while the block runs."""
-    engine = create_engine(url, poolclass=NullPool)
-    Base.metadata.create_all(engine)
-    key_table.create(engine)
-    try:
-        yield engine
-    finally:
-        key_table.drop(engine)
-        Base.metadata.drop_all(engine)
-
-
 def storm(
     urls: list[str], *, seed: int, clients: int, keys: int, keyed: bool = True, limit: float = 300
 ) -> Toll:
@@ -226,7 +182,7 @@ def storm(
     :param limit: seconds that it may take.
     """
     began, chance = time.monotonic(), random.Random(seed)
-    with tables(urls[0]) as engine, tempfile.TemporaryDirectory() as folder:
+    with once.tables(urls[0]) as engine, tempfile.TemporaryDirectory() as folder:
         with workers(urls, Path(folder), keyed) as (port, master), killing(master, chance) as kills:
             wanted, deadline = (2 if keyed else 1), began + limit
             crowd = [
@@ -235,9 +191,7 @@ def storm(
             ]
             with ThreadPoolExecutor(clients) as threads:
                 list(threads.map(lambda client: client.pay(keys), crowd))
-        with engine.connect() as connection:
-            names = Counter(map(str, connection.scalars(select(Item.name))))
-            responses = connection.scalars(select(key_table.c.response)).all()
+        names, responses = Counter(once.names(engine)), once.responses(engine)
     return Toll(
         keys=clients * keys,
         kills=len(kills),
