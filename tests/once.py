@@ -53,12 +53,22 @@ def headers(name: str, key: str, caller: str = "Ada", view: str = "list") -> dic
     }
 
 
-def ask(port: int, name: str, *, view: str = "list", die: str = "") -> Answer | None:
-    """Ask once for a payment, under a key of the same name; None if the answer was cut off."""
+def ask(
+    port: int, name: str, *, key: str | None = None, view: str = "list", **more: str
+) -> Answer | None:
+    """Ask once for a payment, under a key of the same name; None if the answer was cut off.
+
+    :param more: headers, with an underscore for each hyphen.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    told = {**headers(name, name, view=view), "X-Die": die}
+    told = {header.replace("_", "-"): value for header, value in more.items()}
+    head = headers(name, key or name, view=view) | told
     try:
-        connection.request("POST", "/", name.encode(), told)
+        if "Transfer-Encoding" in head:
+            del head["Content-Length"]
+            connection.request("POST", "/", iter([name.encode()]), head, encode_chunked=True)
+        else:
+            connection.request("POST", "/", name.encode(), head)
         with connection.getresponse() as response:
             return Answer.read(response)
     except (http.client.HTTPException, ConnectionError):

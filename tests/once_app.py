@@ -51,7 +51,7 @@ def payments(registry: scoped_session[Session]) -> WSGIApplication:
     """An application of one view; each of its answers differs from all others."""
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        name = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])).decode()
+        name = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or -1)).decode()
         die_if_told(environ, "before the work")
         item = Item(name=name)
         registry.add(item)

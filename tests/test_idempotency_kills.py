@@ -43,7 +43,7 @@ class Site:
     def ask_and_repeat(self, view: str, death: str) -> tuple[Answer | None, list[str]]:
         """Have the process die, and ask again; the answer, and the payments that it made."""
         name, before = f"payment-{next(self.numbers)}", names(self.engine)
-        assert ask(self.port, name, view=view, die=death) is None
+        assert ask(self.port, name, view=view, X_Die=death) is None
         answer = ask(self.port, name, view=view)
         assert ask(self.port, name, view=view) == answer
         made = names(self.engine)[len(before) :]
