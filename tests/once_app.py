@@ -51,7 +51,11 @@ def payments(registry: scoped_session[Session]) -> WSGIApplication:
     """An application of one view; each of its answers differs from all others."""
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        name = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or -1)).decode()
+        length = int(environ.get("CONTENT_LENGTH") or -1)
+        name = environ["wsgi.input"].read(length).decode()
+        if len(name) < length:
+            start_response("400 Bad Request", [])
+            return []
         die_if_told(environ, "before the work")
         item = Item(name=name)
         registry.add(item)

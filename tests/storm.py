@@ -18,6 +18,7 @@ import random
 import signal
 import socket
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -132,6 +133,12 @@ class Toll:
     def duplicates(self) -> int:
         return self.rows - len(self.names)
 
+    @property
+    def once(self) -> bool:
+        """Whether each key has one payment, and one response that all its answers are."""
+        wrong = self.duplicates or self.unlike or self.without_response
+        return self.rows == self.key_rows == self.keys and not wrong
+
     def __str__(self) -> str:
         told = ", ".join(f"{what} {self.told[what]}" for what in sorted(self.told))
         return (
@@ -231,6 +238,8 @@ def main() -> None:
             for keyed in (False, True):
                 toll = storm(urls, **size, keyed=keyed)
                 print(f"{engine}, {'with' if keyed else 'without'} keys: {toll}", flush=True)
+                if toll.once != keyed:
+                    sys.exit("with keys, and only with them, each payment is made once")
 
 
 if __name__ == "__main__":
