@@ -540,7 +540,9 @@ def mariadb() -> Iterator[Node]:
 
 
 @contextmanager
-def running(command: list[str], *, user: str | None, folder: Path, port: int) -> Iterator[None]:
+def running(
+    command: list[str], *, user: str | None, folder: Path, port: int
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server of any kind while the block lasts; it is ready when its port is."""
     log = folder / "server.log"
     with log.open("wb") as output:
@@ -549,7 +551,7 @@ def running(command: list[str], *, user: str | None, folder: Path, port: int) ->
         )
     try:
         wait_for_port(process, port, log)
-        yield
+        yield process
     finally:
         process.terminate()
         try:
