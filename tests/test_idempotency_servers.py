@@ -76,7 +76,14 @@ def test_an_error_is_not_kept(site: Site) -> None:
     assert names(engine).count("later") == 1
 
 
-# uWSGI gives no application the body of a chunked request, but by a function of its own.
+@pytest.mark.parametrize("site", ["uwsgi"], indirect=True)
+def test_a_chunked_body_of_which_the_server_knows_no_end(site: Site) -> None:
+    """It is a 411 on uWSGI, which gives such a body by a function of its own."""
+    port, engine = site
+    assert asked(port, "sofa", key="sofa", Transfer_Encoding="chunked").status == 411
+    assert "sofa" not in names(engine)
+
+
 @pytest.mark.parametrize("site", [name for name in SERVERS if name != "uwsgi"], indirect=True)
 def test_a_chunked_body_is_compared(site: Site) -> None:
     """A body of unknown length is what the view gets, and another is refused under its key."""
