@@ -5,13 +5,14 @@
 # make suites    other projects' test suites, with every application wrapped
 # make docs      the documentation, as pages in build/docs
 # make bench     what a request costs and where, beside other ways; valgrind counts instructions
+# make field     servers, engines and applications in combination, for a quarter of an hour
 # make fuzz      schemathesis against the service on PostgreSQL, for minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := pytest -q --numprocesses 2 --dist loadgroup --ignore tests/packaging
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check suites docs bench fuzz test-sqlalchemy-2.0 clean
+.PHONY: help serve test test-all check suites docs bench field fuzz test-sqlalchemy-2.0 clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -39,6 +40,9 @@ suites: .venv/installed-dev
 
 docs: .venv/installed-dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs build/docs
+
+field: .venv/installed-dev
+	PYTHONPATH=. $(BIN)/python tests/field.py
 
 fuzz: .venv/installed-dev
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py
