@@ -144,6 +144,7 @@ SLICE = [
     Cell("gunicorn-gevent", "postgresql", "plain"),
     Cell("gunicorn-gevent-preload", "mariadb", "pyramid"),
     Cell("uwsgi", "mariadb", "falcon"),
+    Cell("uwsgi", "mariadb", "service"),
     Cell("uwsgi-gevent", "postgresql", "plain"),
     Cell("granian", "postgresql", "service"),
     Cell("uvicorn-a2wsgi", "sqlite", "bottle"),

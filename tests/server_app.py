@@ -91,6 +91,8 @@ EARLY: dict[str, Callable[[str, Any], tuple[str, Any]]] = {
     "no-reason": lambda status, headers: (f"{status[:3]} ", headers),
     "hop-by-hop": lambda status, headers: (status, [*headers, ("Connection", "close")]),
     "subclass": lambda status, headers: (status, [*headers, ("X-Name", Text("name"))]),
+    "tuple": lambda status, headers: (status, tuple(headers)),
+    "snowman": lambda status, headers: (status, [*headers, ("X-Name", "\u2603")]),
 }
 """What makes a head one that a server may refuse."""
 
