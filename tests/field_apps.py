@@ -257,7 +257,12 @@ def django_async(url: str) -> WSGIApplication:
         return StreamingHttpResponse(chunks(made), content_type=PLAIN)
 
     urlpatterns.append(path("<action>", view))
-    settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"])
+    settings.configure(
+        ROOT_URLCONF=__name__,
+        ALLOWED_HOSTS=["*"],
+        # As in every project that Django makes; it declares the Content-Length.
+        MIDDLEWARE=["django.middleware.common.CommonMiddleware"],
+    )
     django.setup()
     return SessionMiddleware(get_wsgi_application(), session)
 
