@@ -7,13 +7,14 @@
 # make docs      the documentation, as pages in build/docs
 # make bench     what a request costs and where, beside other ways; valgrind counts instructions
 # make storm     clients that hang up, workers that are killed: is each payment made once?
+# make field     servers, engines and applications in combination, for a quarter of an hour
 # make fuzz      schemathesis against the service on PostgreSQL, for minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := pytest -q --numprocesses 2 --dist loadgroup --ignore tests/packaging
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check suites docs bench storm fuzz test-matrix clean
+.PHONY: help serve test test-all check suites docs bench storm field fuzz test-matrix clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -44,6 +45,9 @@ docs: .venv/installed-dev
 
 storm: .venv/installed-dev
 	PYTHONPATH=. $(BIN)/python tests/storm.py
+
+field: .venv/installed-dev
+	PYTHONPATH=. $(BIN)/python tests/field.py
 
 fuzz: .venv/installed-dev
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py
