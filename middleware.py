@@ -45,6 +45,7 @@ from sessionscope.attempt import SESSION_KEY, Attempt
 from sessionscope.callbacks import on_commit
 from sessionscope.errors import CommitOutcomeUnknown, TransactionDoomed
 from sessionscope.outcome import Outcome
+from sessionscope.participants import watch_binds
 from sessionscope.replay import Replay
 from sessionscope.response import is_success
 from sessionscope.stage import log, staged
@@ -139,6 +140,8 @@ class SessionMiddleware:
         self.observer = observer
         self.warned: set[str] = set()
         staged(registry)
+        if attempts > 1:
+            watch_binds(registry)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         outer = staged(self.registry).current()

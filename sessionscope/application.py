@@ -121,7 +121,7 @@ class Call:
 
     def forget(self) -> None:
         """Let go of what leads back to here: a traceback, and a server that holds the body."""
-        self.iterable = None
+        self.iterable, self.iterator = None, iter(())
         self.server_start_response = _nobody
         self.on_start = _nobody
         if self.head is not None:

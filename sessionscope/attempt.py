@@ -131,7 +131,7 @@ class Attempt:
                     raise
         finally:
             if self.settled:
-                self.unit.session.expunge_all()  # some servers and test clients never close
+                self.context.run(self.unit.detach_objects)
             if self.returned and self.settled:
                 self.report()
         if self.returned:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.orm.exc import StaleDataError
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import URL, ExceptionContext
+    from sqlalchemy.engine import ExceptionContext
 
 Code = str | int
 
@@ -158,11 +158,6 @@ def is_of_commit(context: ExceptionContext) -> bool:
     if context.statement is not None:
         return _COMMIT_PREPARED.match(context.statement) is not None
     return is_of_transaction(context) and not isinstance(context.original_exception, StatementError)
-
-
-def is_in_memory(url: URL) -> bool:
-    """Tell whether *url* names a SQLite database in memory."""
-    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
 
 
 def driver_connection(connection: Connection) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from sessionscope.databases import is_in_memory
 from sessionscope.forks import survive_forks
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.dialects import registry
@@ -172,6 +171,11 @@ def _set_when_free(dbapi_connection: sqlite3.Connection, pragma: str) -> None:
                 raise
         dbapi_connection.execute("BEGIN EXCLUSIVE")  # waits, but for BUSY_TIMEOUT at most
         dbapi_connection.execute("ROLLBACK")
+
+
+def is_in_memory(url: URL) -> bool:
+    """Tell whether *url* names a SQLite database in memory."""
+    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
 
 
 def _server_engine(url: URL, **options: Any) -> Engine:

@@ -2,17 +2,20 @@
 
 Two processes must not talk on one socket, nor use one SQLite connection
 (https://docs.sqlalchemy.org/en/20/core/pooling.html, "Using Connection Pools with
-Multiprocessing or os.fork()").  ``os.register_at_fork`` does not help: uWSGI forks in C, and
-runs such hooks only if it is told to.
+Multiprocessing or os.fork()").  A child process forgets those of its parent, so its pools open
+their own.  uWSGI forks in C and does not tell Python, unless it is told to; there the engines
+of `sessionscope.engines` look at each checkout, and the sessions of a request at each
+transaction.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 from typing import Any
+from weakref import WeakSet
 
-from sessionscope.databases import is_in_memory
 from sqlalchemy import Connection, Engine, Pool, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 
@@ -20,6 +23,8 @@ log = logging.getLogger("sessionscope")
 
 _PROCESS = "sessionscope.process"
 """The key in ``Connection.info`` that holds the process that opened the connection."""
+
+_opened: WeakSet[Any] = WeakSet()
 
 _inherited: list[object] = []
 """What is kept of the parent, since SQLite's connections must not even be closed in a child
@@ -32,17 +37,36 @@ class InheritedConnection(Exception):
 
 @event.listens_for(Pool, "connect", insert=True)
 def _note_process(dbapi_connection: object, record: Any) -> None:
-    record.info[_PROCESS] = os.getpid()
+    if not _is_in_memory(dbapi_connection):  # of such a database a child has a copy
+        record.info[_PROCESS] = os.getpid()
+        _opened.add(record)
+
+
+def _is_in_memory(dbapi_connection: object) -> bool:
+    if not isinstance(dbapi_connection, sqlite3.Connection):
+        return False
+    databases = dbapi_connection.execute("PRAGMA database_list").fetchall()
+    return not any(file for _, _, file in databases)
+
+
+def _forget_connections() -> None:
+    """Leave all connections to the parent process, untouched."""
+    for record in list(_opened):
+        _inherited.append(record.dbapi_connection)
+        record.dbapi_connection = None
+    _opened.clear()
+
+
+os.register_at_fork(after_in_child=_forget_connections)
 
 
 def survive_forks(engine: Engine) -> None:
-    """Have *engine* open connections of its own in a child process."""
-    if not is_in_memory(engine.url):  # which lives in its one connection, in a child, too
-        event.listen(engine, "checkout", _leave_to_parent)
+    """Have *engine* open connections of its own in a process that was forked without a word."""
+    event.listen(engine, "checkout", _on_checkout)
 
 
-def _leave_to_parent(dbapi_connection: object, record: Any, fairy: Any) -> None:
-    if record.info[_PROCESS] != os.getpid():
+def _on_checkout(dbapi_connection: object, record: Any, fairy: Any) -> None:
+    if record.info.get(_PROCESS, os.getpid()) != os.getpid():
         _inherited.append(dbapi_connection)
         record.dbapi_connection = fairy.dbapi_connection = None
         raise DisconnectionError("the connection was opened in another process")
@@ -51,10 +75,10 @@ def _leave_to_parent(dbapi_connection: object, record: Any, fairy: Any) -> None:
 def refusal(connection: Connection) -> DBAPIError | None:
     """Return the error to raise if *connection* was opened in another process.
 
-    Its engine then has a new pool, so another attempt goes well.
+    The connection is left alone, and its engine gets a new pool, so another attempt goes well.
     """
-    process, engine = connection.info.get(_PROCESS), connection.engine
-    if process in (None, os.getpid()) or is_in_memory(engine.url):
+    process, engine = connection.info.get(_PROCESS, os.getpid()), connection.engine
+    if process == os.getpid():
         return None
     log.warning(
         "%r was used before this process was forked, so its connections are shared with process "
@@ -62,7 +86,9 @@ def refusal(connection: Connection) -> DBAPIError | None:
         engine,
         process,
     )
-    _inherited.append(engine.pool)
+    fairy: Any = connection.connection
+    _inherited.extend((engine.pool, fairy.dbapi_connection))
+    fairy.dbapi_connection = None  # or ROLLBACK would be sent on it
     engine.dispose(close=False)
     error = InheritedConnection(f"the connection belongs to process {process}")
     return DBAPIError("BEGIN", None, error, connection_invalidated=True)

@@ -22,9 +22,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from io import BytesIO
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary, ref
 
@@ -120,7 +119,6 @@ class Idempotency:
         self.help = help
         self.context = context
         self.running: WeakValueDictionary[str, Claim] = WeakValueDictionary()
-        self.lock = Lock()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         unit = tracker_of(environ.get(SESSION_KEY))
@@ -160,11 +158,12 @@ class Idempotency:
         environ["wsgi.input"] = BytesIO(body)
         request = request_digest(environ, body)
         claim = Claim(unit, self.table, digest(scope, key), request, self.context)
-        with self.lock:
-            rival = self.running.get(claim.id)
-            if rival is not None and rival.is_running:
-                raise in_progress()
-            self.running[claim.id] = claim
+        # No lock, which a fork could copy while it is held: if two pass here at once, the second
+        # waits in the database.
+        rival = self.running.get(claim.id)
+        if rival is not None and rival.is_running and rival.process == claim.process:
+            raise in_progress()
+        self.running[claim.id] = claim
         return claim
 
     def stored_response(self, claim: Claim) -> bytes | None:
@@ -216,9 +215,10 @@ class FirstResponse:
         try:
             if claim.unit.has_failed():
                 return []  # SessionMiddleware raises TransactionDoomed
-            if not (recording.is_success or claim.may_be_lost()):
+            if not recording.is_success:
+                self.end_refused()
                 return []
-            if claim.store(recording.as_http() if recording.is_success else None):
+            if claim.store(recording.as_http()):
                 return []
             raise in_progress()
         except Problem as problem:
@@ -226,6 +226,16 @@ class FirstResponse:
             return problem.respond(start_response, self.layer.help, sys.exc_info())
         finally:
             claim.is_running = False
+
+    def end_refused(self) -> None:
+        """Keep the key if a *commit_when* commits a response that is no success.
+
+        It is gone if the application rolled back, and worked again.
+        """
+        claim = self.claim
+        if claim.may_be_lost() and claim.unit.session.in_transaction():
+            with suppress(Exception):  # the response is the application's, whatever happens
+                claim.store(None)
 
 
 class RecordedBody:

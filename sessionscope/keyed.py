@@ -131,7 +131,9 @@ def request_digest(environ: WSGIEnvironment, body: bytes) -> str:
     """Return the digest of all that two requests must have in common to be the same."""
     path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     query, kind = environ.get("QUERY_STRING", ""), environ.get("CONTENT_TYPE") or ""
-    return digest(environ["REQUEST_METHOD"], path, query, kind, body)
+    host = environ.get("HTTP_HOST") or environ.get("SERVER_NAME", "")
+    host = re.sub(":[0-9]*$", "", host.lower())  # ports may differ behind a proxy
+    return digest(environ["REQUEST_METHOD"], host, path, query, kind, body)
 
 
 class Recording:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,7 +31,8 @@ from sqlalchemy.exc import DBAPIError
 if TYPE_CHECKING:
     from sessionscope.stage import Registry
     from sessionscope.unit_of_work import UnitOfWork
-    from sqlalchemy import Insert, Row
+    from sqlalchemy import Connection, Engine, Executable, Insert, Row
+    from sqlalchemy.orm import Session
 
     Context = Callable[[], AbstractContextManager[object]]
 
@@ -83,7 +85,7 @@ def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 
     while True:
         found, deleted = _purge_patiently(registry, table, before, batch)
         total += deleted
-        if found < batch:
+        if found < batch or not deleted:
             return total
 
 
@@ -103,6 +105,7 @@ def _purge_batch(registry: Registry, table: Table, before: int, batch: int) -> t
     is_old = table.c.created < before
     query = select(table.c.id).where(is_old).order_by(table.c.created).limit(batch)
     with session_scope(registry) as session:
+        begin(session)
         found = session.scalars(query).all()
         # Another purge may have deleted one meanwhile, and a request inserted it again.
         done: Any = session.execute(delete(table).where(table.c.id.in_(found), is_old))
@@ -125,7 +128,9 @@ class Claim:
         self.id = id
         self.request = request
         self.context = context
+        self.bind: Engine | Connection | None = None
         self.created = time_ns()
+        self.process = os.getpid()
         self.transaction = unit.transaction
         self.is_running = True
 
@@ -134,16 +139,13 @@ class Claim:
 
         Waits for a rival that has inserted it and not committed yet.
 
-        :raises Problem: if the database does not let it wait any longer.
+        :raises RuntimeError: if the engine is in AUTOCOMMIT, or of another database.
         """
         values = {"id": self.id, "request": self.request, "created": self.created}
-        with self.session_in_use():
-            statement = insert_unless_there(self.table, self.dialect())
-            statement = statement.values(**values, response=response)
-            done: Any = self.unit.session.execute(
-                statement,
-                execution_options={"preserve_rowcount": True},  # of an INSERT, too
-            )
+        with self.session_in_use() as bind:
+            statement = insert_unless_there(self.table, bind.dialect.name)
+            self.refuse_autocommit()
+            done = self.execute(statement.values(**values, response=response))
         self.transaction = self.unit.transaction
         return bool(done.rowcount)
 
@@ -151,10 +153,10 @@ class Claim:
         """Return the row of an earlier request; None if it was purged meanwhile."""
         row = self.table.c
         query = select(row.request, row.response).where(row.id == self.id)
-        with self.session_in_use():
-            if self.dialect() in ("mysql", "mariadb"):
+        with self.session_in_use() as bind:
+            if bind.dialect.name in ("mysql", "mariadb"):
                 query = query.with_for_update(read=True)  # it may be younger than our snapshot
-            return self.unit.session.execute(query).first()
+            return self.execute(query).first()  # type: ignore[no-any-return]
 
     def store(self, response: bytes | None) -> bool:
         """Store *response* in the row, or tell that a rival has the key.
@@ -164,27 +166,47 @@ class Claim:
         row = self.table.c
         own = (row.id == self.id) & (row.created == self.created)
         with self.session_in_use():
-            statement = update(self.table).where(own).values(response=response)
-            done: Any = self.unit.session.execute(statement)
+            done = self.execute(update(self.table).where(own).values(response=response))
         return bool(done.rowcount) or self.insert(response)
 
     @contextmanager
-    def session_in_use(self) -> Iterator[None]:
-        """Run a block that uses the session, and may wait for a rival."""
+    def session_in_use(self) -> Iterator[Engine | Connection]:
+        """Run a block that uses the session, on the engine that writes, and may wait for a rival.
+
+        :raises Problem: if the database does not let it wait any longer.
+        """
         try:
             with self.context():
-                yield
+                begin(self.unit.session)
+                if self.bind is None:
+                    self.bind = self.unit.session.get_bind(clause=update(self.table))
+                yield self.bind
         except Exception as error:
             if error_code(error) in WAITED_TOO_LONG:
                 raise in_progress() from error
             raise
 
+    def execute(self, statement: Executable) -> Any:
+        options = {"preserve_rowcount": True}  # of an INSERT, too
+        bind = {"bind": self.bind}
+        session = self.unit.session
+        return session.execute(statement, bind_arguments=bind, execution_options=options)
+
+    def refuse_autocommit(self) -> None:
+        """Refuse a connection on which the key would be durable before the work is."""
+        self.unit.session.connection({"bind": self.bind})
+        if any(one.is_autocommit() for one in self.unit.transaction.participants):
+            raise RuntimeError("Idempotency needs transactions, but the engine is in AUTOCOMMIT")
+
     def may_be_lost(self) -> bool:
         """Tell whether the application has ended the transaction in which the row was inserted."""
         return self.transaction is not self.unit.transaction
 
-    def dialect(self) -> str:
-        return self.unit.session.get_bind(clause=self.table).dialect.name
+
+def begin(session: Session) -> None:
+    """Begin a transaction, if there is none; a session may have ``autobegin=False``."""
+    if not session.in_transaction():
+        session.begin()
 
 
 def insert_unless_there(table: Table, dialect: str) -> Insert:

@@ -10,9 +10,10 @@ from sessionscope import databases
 from sessionscope.forks import refusal
 from sessionscope.stage import log
 from sessionscope.states import State
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 
 if TYPE_CHECKING:
+    from sessionscope.stage import Registry
     from sessionscope.transactions import Transaction
     from sqlalchemy import Connection
     from sqlalchemy.engine import ExceptionContext
@@ -45,6 +46,24 @@ _WATCHERS: dict[str, Callable[..., None]] = {
     "commit": _commit,
     "commit_twophase": _commit,
 }
+
+
+def watch(engine: Engine) -> None:
+    """Have *engine* tell of its statements and COMMITs, from now on."""
+    for name, listener in _WATCHERS.items():
+        if listener not in getattr(engine.dispatch, name):
+            event.listen(engine, name, listener)
+
+
+def watch_binds(registry: Registry) -> None:
+    """Watch the engines that *registry* names, before requests run in other threads.
+
+    To add a listener disturbs a thread in which the engine is just calling another.
+    """
+    options = getattr(registry.session_factory, "kw", {})
+    for bind in (options.get("bind"), *(options.get("binds") or {}).values()):
+        if isinstance(bind, Engine):
+            watch(bind)
 
 
 class Participant:
@@ -96,9 +115,7 @@ class Participant:
         The engine's listeners stay, which costs less than new ones for each request.
         """
         self.watched = True
-        for name, listener in _WATCHERS.items():
-            if listener not in getattr(self.connection.engine.dispatch, name):
-                event.listen(self.connection.engine, name, listener)
+        watch(self.connection.engine)
 
     def watch_commit(self) -> None:
         """Hear of COMMIT before any hook of the engine does, which may refuse it."""

@@ -49,12 +49,16 @@ class StagedSession(SessionTracker):
         self.seat = Seat()
         self.closed = False
         self.scope: object = None
-        """Where the transaction began; a ``remove()`` of another scope is not about it."""
+        """Where the session was first used for its transaction.
+
+        A ``remove()`` of another scope is not about it: Flask-SQLAlchemy calls one at the end
+        of each nested application context.
+        """
         self.removed_at: str | None = None
         """Where ``remove()`` was called while the session held work."""
 
     def show(self) -> Session:
-        if not self.session.in_transaction():
+        if self.scope is None or not self.session.in_transaction():
             self.scope = self.stage.scope()
         if self.removed_at is not None:
             self.warn_once(
@@ -83,6 +87,7 @@ class StagedSession(SessionTracker):
         transaction = self.transaction
         if not self.session.in_transaction() or self.stage.scope() != self.scope:
             return
+        self.scope = None
         if self.has_failed():
             transaction.handle(Event.REMOVED)
             self.session.rollback()

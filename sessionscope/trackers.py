@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from sessionscope.errors import closed_with_work
-from sessionscope.stage import caller, log
+from sessionscope.stage import caller, entries, log
 from sessionscope.states import Event, State
 from sessionscope.transactions import Transaction
 from sqlalchemy.orm import Session
@@ -43,7 +43,7 @@ class SessionTracker:
         setattr(session, _MARK, self)
 
     def new_transaction(self) -> Transaction:
-        return Transaction(self.safe, self.on_durable if self.watched else None)
+        return Transaction(self.safe, self.on_made_durable if self.watched else None)
 
     def forget_session(self) -> None:
         """Stop following the session."""
@@ -51,6 +51,12 @@ class SessionTracker:
 
     def on_durable(self) -> None:
         """Something was made durable, or may have been."""
+
+    def on_made_durable(self) -> None:
+        """Tell the requests and scopes around this one, too: none may be repeated."""
+        self.on_durable()
+        for entry in entries():
+            entry.on_commit_of(None)
 
     def on_commit_of(self, transaction: object) -> None:
         if transaction is not self.transaction:

@@ -56,8 +56,17 @@ def find(program: str, *folders: Path) -> str:
     return os.path.realpath(found)
 
 
-def until(condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE) -> None:
-    """Wait until *condition* holds.
+INNODB_PAUSE = 0.15
+"""Seconds between two looks at InnoDB's transactions: it says the same again to who asks sooner.
+
+https://dev.mysql.com/doc/refman/8.4/en/innodb-information-schema-internal-data.html
+"""
+
+
+def until(
+    condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE, pause: float = 0.05
+) -> None:
+    """Wait until *condition* holds, looking each *pause* seconds.
 
     :raises TimeoutError: when it does not in so many *seconds*; it says *what* was waited for.
     """
@@ -65,7 +74,7 @@ def until(condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 def execute(url: str, statement: str) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from databases import execute, until
+from databases import INNODB_PAUSE, execute, until
 from sessionscope import SessionMiddleware
 from sessionscope.idempotency import Idempotency, idempotency_table
 from sqlalchemy import Connection, Engine, MetaData, Row, event
@@ -198,7 +198,8 @@ class Rivals:
         for service in self.services:
             event.listen(bind_of(service), "begin", self.begin)
         self.replies = [self.threads.submit(one.post, **self.request) for one in self.services]
-        until(lambda: self.waiting() >= len(self.services), "rivals to wait")
+        everyone = len(self.services)
+        until(lambda: self.waiting() >= everyone, "rivals to wait", pause=INNODB_PAUSE)
         return self
 
     def begin(self, connection: Connection) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from time import monotonic
 from typing import Any
 
 import pymysql
 import pytest
+from databases import INNODB_PAUSE, until
 from sessionscope import (
     CommitOutcomeUnknown,
     Outcome,
@@ -364,11 +364,12 @@ def wait_until_one_waits(engine: Engine) -> None:
     waiting = sql(
         "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
     )
-    deadline = monotonic() + PATIENCE
-    with engine.connect() as connection:
-        while not connection.scalar(waiting):
-            assert monotonic() < deadline
-            connection.rollback()
+
+    def is_waiting() -> bool:
+        with engine.connect() as connection:
+            return bool(connection.scalar(waiting))
+
+    until(is_waiting, "a lock to be waited for", pause=INNODB_PAUSE)
 
 
 def deadlock(engine: Engine, registry: Registry) -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sessionscope.engines import make_engine
+
+from models import Base
 
 SCRIPT = """
-import json, logging, os, sys
+import ctypes, json, logging, os, sys
 from support import environ, serve_once
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,7 +23,8 @@ from models import Base, Item
 from sessionscope import SessionMiddleware
 from sessionscope.engines import make_engine
 
-url, make, attempts, swallows = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
+url, make, how, attempts, swallows = sys.argv[1], *map(json.loads, sys.argv[2:])
+fork = {"Python": os.fork, "C": ctypes.PyDLL(None).fork}[how]
 engine = {"create_engine": create_engine, "make_engine": make_engine}[make](url)
 Base.metadata.create_all(engine)  # leaves a connection in the pool
 Session = scoped_session(sessionmaker(engine))
@@ -54,7 +58,7 @@ def requests():
 
 
 reading, writing = os.pipe()
-child = os.fork()
+child = fork()
 if child == 0:
     os.write(writing, json.dumps(requests()).encode())
     os._exit(0)
@@ -67,12 +71,10 @@ engine.dispose()
 """
 
 
-def fork(
-    url: str, make: str = "create_engine", attempts: int = 1, swallows: bool = False
-) -> tuple[Any, Any, Any, str]:
-    """Send three requests in a child and then in its parent; what came, the rows, the log."""
+def run(script: str, *arguments: str) -> tuple[str, str]:
+    """Run Python; what it prints, and what it logs."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, url, make, str(attempts), str(swallows)],
+        [sys.executable, "-c", script, *arguments],
         env={"PYTHONPATH": "tests:."},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
@@ -80,8 +82,20 @@ def fork(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    child, parent, rows = map(json.loads, done.stdout.splitlines())
-    return child, parent, rows, done.stderr
+    return done.stdout, done.stderr
+
+
+def fork(
+    url: str,
+    make: str = "create_engine",
+    how: str = "C",
+    attempts: int = 1,
+    swallows: bool = False,
+) -> tuple[Any, Any, Any, str]:
+    """Send three requests in a child and then in its parent; what came, the rows, the log."""
+    out, log = run(SCRIPT, url, *map(json.dumps, (make, how, attempts, swallows)))
+    child, parent, rows = map(json.loads, out.splitlines())
+    return child, parent, rows, log
 
 
 OK = "200 OK"
@@ -92,8 +106,21 @@ def with_driver(url: str) -> str:
     return url.replace("postgresql:", "postgresql+psycopg:").replace("mariadb:", "mariadb+pymysql:")
 
 
+@pytest.mark.parametrize("how", ["Python", "C"])
+def test_our_engines_survive_a_fork(how: str, any_url: str, empty: None) -> None:
+    """The engines of make_engine open connections of their own in a child, silently."""
+    child, parent, rows, log = fork(any_url, make="make_engine", how=how)
+    assert (child, parent, rows, log) == ([OK, OK, OK], [OK, OK, OK], 6, "")
+
+
+def test_other_engines_survive_a_fork_of_python(any_url: str, empty: None) -> None:
+    """So do all engines where Python itself forks, as gunicorn does."""
+    child, parent, rows, log = fork(with_driver(any_url), how="Python")
+    assert (child, parent, rows, log) == ([OK, OK, OK], [OK, OK, OK], 6, "")
+
+
 def test_an_inherited_connection_is_refused_once(any_url: str, empty: None) -> None:
-    """The first request of a child fails with a warning, and later ones have their rows."""
+    """Where C forks, as in uWSGI, a child's first request fails with a warning, and no other."""
     child, parent, rows, log = fork(with_driver(any_url))
     assert (child, parent, rows) == (["DBAPIError", OK, OK], [OK, OK, OK], 5)
     assert log.count("used before this process was forked") == 1
@@ -111,17 +138,73 @@ def test_a_swallowed_refusal_is_no_success(any_url: str, empty: None) -> None:
     assert (child, rows) == (["TransactionDoomed", OK, OK], 5)
 
 
-def test_our_engines_survive_a_fork(any_url: str, empty: None) -> None:
-    """The engines of make_engine need no second attempt, and nobody is warned."""
-    child, parent, rows, log = fork(any_url, make="make_engine")
-    assert (child, parent, rows, log) == ([OK, OK, OK], [OK, OK, OK], 6, "")
-
-
+@pytest.mark.parametrize("how", ["Python", "C"])
 @pytest.mark.parametrize("make", ["make_engine", "create_engine"])
-def test_a_database_in_memory_is_the_childs_own(make: str) -> None:
+def test_a_database_in_memory_is_the_childs_own(make: str, how: str) -> None:
     """A child has a copy of a database in memory, which it may go on with."""
-    child, parent, rows, log = fork("sqlite://", make=make)
+    child, parent, rows, log = fork("sqlite://", make=make, how=how)
     assert (child, parent, rows, log) == ([OK, OK, OK], [OK, OK, OK], 3, "")
+
+
+MIDST = """
+import ctypes, os, sys
+from support import environ, serve_once
+from sqlalchemy import create_engine, make_url
+from sqlalchemy.orm import scoped_session, sessionmaker
+from models import Base, Item
+from sessionscope import SessionMiddleware
+
+url = make_url(sys.argv[1])
+dialect = url.get_dialect()
+dbapi = dialect.import_dbapi()
+arguments, options = dialect().create_connect_args(url)
+engine = create_engine(  # the URL tells of no database
+    f"{url.drivername}://", creator=lambda: dbapi.connect(*arguments, **options)
+)
+Base.metadata.create_all(engine)
+Session = scoped_session(sessionmaker(engine))
+
+
+def refused(environ, start_response):
+    Session.connection()
+    start_response("400 Bad Request", [])
+    return [b"no"]
+
+
+def accepted(environ, start_response):
+    Session.add(Item(name="parent"))
+    Session.flush()
+    os.close(writing)
+    os.waitpid(child, 0)
+    start_response("200 OK", [])
+    return [b"fine"]
+
+
+reading, writing = os.pipe()
+child = {"Python": os.fork, "C": ctypes.PyDLL(None).fork}[sys.argv[2]]()
+if child == 0:
+    os.close(writing)
+    os.read(reading, 1)  # until the parent is in the midst of its request
+    serve_once(SessionMiddleware(refused, Session, attempts=3))
+    os._exit(0)
+print(serve_once(SessionMiddleware(accepted, Session)).status)
+with engine.connect() as connection:
+    print(connection.exec_driver_sql("SELECT count(*) FROM items").scalar())
+"""
+
+
+@pytest.mark.parametrize("how", ["Python", "C"])
+@pytest.mark.parametrize("server", ["postgresql", "mariadb"])
+def test_a_child_disturbs_no_request_of_its_parent(
+    server: str, how: str, request: pytest.FixtureRequest
+) -> None:
+    """A refused request in the child takes back nothing of what its parent is doing."""
+    url = request.getfixturevalue(f"{server}_url")
+    engine = make_engine(url)
+    Base.metadata.drop_all(engine)
+    assert run(MIDST, with_driver(url), how)[0].splitlines() == ["200 OK", "1"]
+    Base.metadata.drop_all(engine)
+    engine.dispose()
 
 
 @pytest.fixture
