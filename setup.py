@@ -72,6 +72,7 @@ EXTENSIONS = [
     "sentry-sdk>=2.40",
     "SQLAlchemy-Continuum>=2",
     "strawberry-graphql>=0.280",
+    "structlog>=24",
 ]
 DOCS = ["furo>=2024.8", "myst-parser>=4", "Sphinx>=8"]
 DRIVERS = ["mariadb>=1.1.14", "mysqlclient>=2.2"]  # the second is compiled; CI tests with them
