@@ -31,9 +31,10 @@ from sqlalchemy import insert
 from sqlalchemy.orm import scoped_session, sessionmaker
 from waitress.server import create_server
 
-from models import Item, create_tables
+from models import Item
 from resources import ItemView, make_app
 from serve import create_app
+from web.database import create_tables
 from web.router import Router
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from sessionscope.engines import make_engine, make_reader
 from sqlalchemy import text
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from models import MAX_ID, create_tables
+from models import MAX_ID
 from resources import ItemList, Items
+from web.database import create_tables
 from web.router import json_bytes
 
 ROUNDS, PAGES = 7, 300

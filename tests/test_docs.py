@@ -204,7 +204,7 @@ def test_ini_files_are_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_commands_have_their_options() -> None:
     """Each option of ``serve.py`` that a page gives is one."""
-    known = serve._parser().format_help()
+    known = serve.make_parser().format_help()
     for page in PAGES:
         for block in re.findall("```console\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.S):
             for option in re.findall(r"--[a-z][a-z-]+", block) if "serve.py" in block else []:

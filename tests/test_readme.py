@@ -40,4 +40,4 @@ def test_its_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_its_options_exist() -> None:
     """Each option of the command line that the README names is one."""
     named = set(re.findall(r"--[a-z][a-z-]+", README)) - {"--strict", "--help"}
-    assert named <= set(re.findall(r"--[a-z][a-z-]+", serve._parser().format_help()))
+    assert named <= set(re.findall(r"--[a-z][a-z-]+", serve.make_parser().format_help()))

@@ -23,7 +23,8 @@ from sqlalchemy import text as sql
 from sqlalchemy.exc import SQLAlchemyError
 from support import PATIENCE, drop_tables, names
 
-from models import Item, create_tables
+from models import Item
+from web.database import create_tables
 
 CLIENTS = 8
 """How many are at it at once; the service has as many threads."""
