@@ -1,6 +1,7 @@
 # make serve     the item service on a SQLite file, http://127.0.0.1:8080
-# make test      all tests except packaging; databases that are not installed are skipped
-# make test-all  the same with coverage, and again on the oldest supported SQLAlchemy
+# make test      the tests, in minutes; databases that are not installed are skipped
+# make test-all  the long ones, too, with coverage: storms, killed servers, browsers
+# make test-matrix  the library on the other Pythons here, and on the oldest SQLAlchemy
 # make check     ruff, mypy and a wheel that is built, installed and used
 # make suites    other projects' test suites, with every application wrapped
 # make docs      the documentation, as pages in build/docs
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := pytest -q --numprocesses 2 --dist loadgroup --ignore tests/packaging
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check suites docs bench fuzz test-sqlalchemy-2.0 clean
+.PHONY: help serve test test-all check suites docs bench fuzz test-matrix clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -20,7 +21,7 @@ serve: .venv/installed-app
 	$(BIN)/python serve.py
 
 test: .venv/installed-dev
-	$(BIN)/$(PYTEST)
+	$(BIN)/$(PYTEST) -m 'not long'
 
 test-all: .venv/installed-dev
 	$(BIN)/coverage erase
@@ -48,11 +49,11 @@ bench: .venv/installed-bench
 	PYTHONPATH=. $(BIN)/python benchmarks/million.py
 	PYTHONPATH=. $(BIN)/python benchmarks/layers.py
 
-# The library once more, on the older of the two SQLAlchemys that it supports.
-LIBRARY := after_commit app_context attempts confirm doomed hooks lost_work outcome receipt \
+LIBRARY := after_commit app_context attempts confirm doomed flask_sqlalchemy forks hooks idempotency \
+	idempotency_keeping idempotency_races idempotency_views keyed lost_work outcome receipt \
 	replayable session_ends stage streams testing whose_session
-test-sqlalchemy-2.0: .venv-2.0/installed-dev
-	.venv-2.0/bin/$(PYTEST) $(LIBRARY:%=tests/test_%.py)
+test-matrix: .venv/installed-dev
+	$(BIN)/python tests/matrix.py $(LIBRARY:%=tests/test_%.py)
 
 # A stamp, not the folder: a failed installation leaves half of one behind.
 .venv/installed-%: setup.py $(wildcard sessionscope/*.py)
@@ -64,10 +65,5 @@ test-sqlalchemy-2.0: .venv-2.0/installed-dev
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	@touch $@
 
-.venv-2.0/installed-dev: setup.py $(wildcard sessionscope/*.py)
-	@test -x .venv-2.0/bin/pip || $(PYTHON) -m venv .venv-2.0
-	.venv-2.0/bin/pip install --quiet --editable '.[dev]' 'SQLAlchemy<2.1'
-	@touch $@
-
 clean:
-	rm -rf .venv .venv-2.0 build dist *.egg-info .coverage* .hypothesis
+	rm -rf .venv .venv-3.* build dist *.egg-info .coverage* .hypothesis

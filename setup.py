@@ -22,6 +22,7 @@ TEST = [
     *POSTGRESQL,
     *MYSQL,
     "a2wsgi>=1.10",
+    "alembic>=1.13",
     "axe-playwright-python>=0.1.4",
     "bottle>=0.13",
     "coverage>=7.10",
@@ -50,9 +51,30 @@ TEST = [
     "WebTest>=3.0",
 ]
 BENCH = [*APP, "Flask>=3.1", "repoze.tm2>=2.2", "zope.sqlalchemy>=3"]
+# Whose place in a request the tests prove; nothing else needs them.
+EXTENSIONS = [
+    "celery>=5.4",
+    "factory-boy>=3.3",
+    "filedepot>=0.12",
+    "Flask-Admin>=2",
+    "Flask-Caching>=2.3",
+    "Flask-Mail>=0.10",
+    "Flask-Migrate>=4",
+    "flask-sock>=0.7",
+    "opentelemetry-instrumentation-flask>=0.60b0",
+    "opentelemetry-instrumentation-psycopg>=0.60b0",
+    "opentelemetry-instrumentation-sqlalchemy>=0.60b0",
+    "opentelemetry-instrumentation-wsgi>=0.60b0",
+    "opentelemetry-sdk>=1.39",
+    "sentry-sdk>=2.40",
+    "SQLAlchemy-Continuum>=2",
+    "strawberry-graphql>=0.280",
+]
 DOCS = ["furo>=2024.8", "myst-parser>=4", "Sphinx>=8"]
+DRIVERS = ["mariadb>=1.1.14", "mysqlclient>=2.2"]  # the second is compiled; CI tests with them
 DEV = [
     *TEST,
+    *EXTENSIONS,
     *DOCS,
     "build>=1.2",
     "mypy>=1.15",
@@ -94,8 +116,10 @@ setup(
         "postgresql": POSTGRESQL,
         "mysql": MYSQL,
         "test": TEST,
+        "extensions": EXTENSIONS,
         "docs": DOCS,
         "bench": BENCH,
+        "drivers": DRIVERS,
         "dev": DEV,
     },
     entry_points={

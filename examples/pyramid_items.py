@@ -30,18 +30,18 @@ class Item(Base):
 
 def create(request: Any) -> Item:
     item = Item()
-    Session.add(item)
-    Session.flush()  # the database gives the id
+    request.dbsession.add(item)
+    request.dbsession.flush()  # the database gives the id
     item.name = f"Item #{item.id}"
     return item
 
 
 def index(request: Any) -> dict[str, object]:
-    return {"items": Session.scalars(select(Item).order_by(Item.id)).all()}
+    return {"items": request.dbsession.scalars(select(Item).order_by(Item.id)).all()}
 
 
 def show(request: Any) -> Any:
-    item = Session.get(Item, int(request.matchdict["id"]))
+    item = request.dbsession.get(Item, int(request.matchdict["id"]))
     return item or HTTPNotFound(json={"error": "not found"})
 
 
@@ -50,6 +50,7 @@ def main(global_config: object, **settings: str) -> Any:
     Base.metadata.create_all(engine)
     Session.configure(bind=engine)
     with Configurator(settings=settings) as config:
+        config.add_request_method(lambda request: Session(), "dbsession", reify=True)
         config.add_route("items", "/")
         config.add_route("item", r"/{id:\d+}")
         config.add_view(create, route_name="items", request_method="POST", renderer="json")

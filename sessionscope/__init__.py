@@ -4,8 +4,8 @@ Everything public is imported from here::
 
     from sessionscope import SessionMiddleware, on_commit, session_scope
 
-`sessionscope.engines`, `sessionscope.testing` and `sessionscope.pastedeploy` are public
-modules, too.  Everything else may change without notice.
+`sessionscope.engines`, `sessionscope.idempotency`, `sessionscope.testing` and
+`sessionscope.pastedeploy` are public modules, too.  Everything else may change without notice.
 """
 
 from __future__ import annotations

@@ -129,6 +129,8 @@ class Attempt:
                     self.roll_back(error)
                     raise
         finally:
+            if self.settled:
+                self.unit.session.expunge_all()  # some servers and test clients never close
             if self.returned and self.settled:
                 self.report()
         if self.returned:
@@ -163,8 +165,7 @@ class Attempt:
     def roll_back(self, error: BaseException | None) -> None:
         """End the transaction because of *error*, of the status, or of a client that left."""
         if not self.settled:
-            self.settled = True
-            self.error = error
+            self.settled, self.error = True, error
             self.context.run(self.unit.rollback, error)
 
     def discard_response(self, error: BaseException | None, quietly: bool = True) -> None:

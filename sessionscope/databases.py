@@ -23,7 +23,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.orm.exc import StaleDataError
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.engine import URL, ExceptionContext
 
 Code = str | int
 
@@ -79,7 +79,7 @@ REPEATS_EARLIER_ERROR = "25P02"
 def error_code(error: BaseException | None) -> Code | None:
     """Return MariaDB's number, PostgreSQL's SQLSTATE or SQLite's name of an error, or None.
 
-    The number goes first, because PyMySQL gives its errors an SQLSTATE as well.
+    The number goes first, because MariaDB's drivers give their errors an SQLSTATE as well.
     """
     original = getattr(error, "orig", error)
     arguments = getattr(original, "args", ())
@@ -88,9 +88,9 @@ def error_code(error: BaseException | None) -> Code | None:
         return first
     if isinstance(first, dict) and isinstance(first.get("C"), str):  # pg8000
         return str(first["C"])
-    for name in ("sqlstate", "pgcode", "sqlite_errorname"):
+    for name in ("errno", "sqlstate", "pgcode", "sqlite_errorname"):  # MariaDB Connector: errno
         code = getattr(original, name, None)
-        if isinstance(code, str):
+        if isinstance(code, Code):
             return code
     return None
 
@@ -160,6 +160,11 @@ def is_of_commit(context: ExceptionContext) -> bool:
     return is_of_transaction(context) and not isinstance(context.original_exception, StatementError)
 
 
+def is_in_memory(url: URL) -> bool:
+    """Tell whether *url* names a SQLite database in memory."""
+    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
+
+
 def driver_connection(connection: Connection) -> Any:
     """Return the driver's own connection."""
     return connection.connection.dbapi_connection
@@ -219,11 +224,12 @@ def is_aborted(connection: Connection, error: BaseException | None) -> bool:
         return False
     info = getattr(driver_connection(connection), "info", None)
     status = getattr(info, "transaction_status", None)
-    if status is not None:
-        # libpq's PQTRANS_INERROR; and PQTRANS_IDLE after an error: it was committed as text.
-        return bool(status == 3 or (status == 0 and error is not None))
-    if error is None:
+    if status == 3:  # libpq's PQTRANS_INERROR
+        return True
+    if error is None or is_autocommit(connection):
         return False
+    if status is not None:
+        return bool(status == 0)  # PQTRANS_IDLE after an error: it was committed as text
     try:
         connection.execute(select(1))  # pg8000 does not know: ask the server
     except DBAPIError:
@@ -275,6 +281,8 @@ def may_have_committed(connection: Connection, statement: str, had_work: bool) -
     status = getattr(getattr(driver, "info", None), "transaction_status", None)
     if status is not None:
         return bool(status == 0)  # libpq's PQTRANS_IDLE
+    if connection.dialect.name == "postgresql":  # where DDL is part of the transaction
+        return _first_word(statement) == "PREPARE"
     if _first_word(statement) == "SET":
         return "autocommit" in statement.lower()
     return _first_word(statement) not in _STAYS_OPEN

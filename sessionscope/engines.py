@@ -12,6 +12,8 @@ import sqlite3
 from typing import Any
 from weakref import WeakSet
 
+from sessionscope.databases import is_in_memory
+from sessionscope.forks import leave_to_parent
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
@@ -47,6 +49,7 @@ _LIVENESS: dict[str, dict[str, int]] = {
     "psycopg2": {"connect_timeout": 5},
     "pymysql": {"connect_timeout": 5, "read_timeout": 20, "write_timeout": 20},
     "mysqldb": {"connect_timeout": 5, "read_timeout": 20, "write_timeout": 20},
+    "mariadbconnector": {"connect_timeout": 5, "read_timeout": 20, "write_timeout": 20},
 }
 
 # What each session of a server is told, where the server knows the variable: refuse a lost
@@ -61,20 +64,12 @@ _MARIADB_SETTINGS = {
 
 
 _ours: WeakSet[Engine] = WeakSet()
-_inherited: list[Any] = []
 
 
 def _leave_connections_to_parent() -> None:
-    """Give each engine a new pool in a child process.
-
-    Two processes must not talk on one socket, nor use one SQLite connection
-    (https://docs.sqlalchemy.org/en/20/core/pooling.html, "Using Connection Pools with
-    Multiprocessing or os.fork()").  The old pools are kept, since SQLite's connections must not
-    even be closed in the child (https://www.sqlite.org/howtocorrupt.html, 2.6).
-    """
+    """Give each of our engines a new pool in a child process."""
     for engine in list(_ours):
-        _inherited.append(engine.pool)
-        engine.dispose(close=False)
+        leave_to_parent(engine)
 
 
 os.register_at_fork(after_in_child=_leave_connections_to_parent)
@@ -192,11 +187,6 @@ def _set_when_free(dbapi_connection: sqlite3.Connection, pragma: str) -> None:
                 raise
         dbapi_connection.execute("BEGIN EXCLUSIVE")  # waits, but for BUSY_TIMEOUT at most
         dbapi_connection.execute("ROLLBACK")
-
-
-def is_in_memory(url: URL) -> bool:
-    """Tell whether *url* names a SQLite database in memory."""
-    return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
 
 
 def _server_engine(url: URL, **options: Any) -> Engine:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from sessionscope import databases
+from sessionscope.forks import inherited
 from sessionscope.stage import log
 from sessionscope.states import State
 from sqlalchemy import event
@@ -25,6 +26,27 @@ def participants_of(info: dict[Any, Any]) -> list[Participant]:
     return list(info.get(_MARK, ()))
 
 
+def _after_cursor_execute(
+    connection: Connection, cursor: object, statement: str, *_context: object
+) -> None:
+    for participant in participants_of(connection.info):
+        if participant.watched and participant.connection is connection:
+            participant.on_statement(statement)
+
+
+def _commit(connection: Connection, *_xid: object) -> None:
+    for participant in participants_of(connection.info):
+        if participant.watched and participant.connection is connection:
+            participant.on_commit()
+
+
+_WATCHERS: dict[str, Callable[..., None]] = {
+    "after_cursor_execute": _after_cursor_execute,
+    "commit": _commit,
+    "commit_twophase": _commit,
+}
+
+
 class Participant:
     """One connection of a transaction, and what its driver has said."""
 
@@ -32,6 +54,7 @@ class Participant:
         self.owner = owner
         self.connection = connection
         self.transaction = connection.get_nested_transaction() or connection.get_transaction()
+        self.watched = False
         self.listeners: list[tuple[str, Callable[..., None]]] = []
         self.error: BaseException | None = None
         """What failed first here."""
@@ -59,20 +82,29 @@ class Participant:
         while self.listeners:
             event.remove(self.connection, *self.listeners.pop())
 
-    def watch_statements(self) -> None:
-        """Look at each statement for one that may make work durable."""
-        self._listen("after_cursor_execute", self.on_statement)
-        self.watch_commit()
+    def refuse_if_inherited(self) -> None:
+        """Refuse to work on a connection that another process opened."""
+        error = inherited(self.connection)
+        if error is not None:
+            self.aborted = True
+            self.owner.note_error(error)
+            raise error
+
+    def watch(self) -> None:
+        """Look at each statement and COMMIT for one that may make work durable.
+
+        The engine's listeners stay, which costs less than new ones for each request.
+        """
+        self.watched = True
+        for name, listener in _WATCHERS.items():
+            if listener not in getattr(self.connection.engine.dispatch, name):
+                event.listen(self.connection.engine, name, listener)
 
     def watch_commit(self) -> None:
-        """Hear of each COMMIT, just before it is sent."""
-        if not any(name == "commit" for name, _ in self.listeners):
-            self._listen("commit", self.on_commit)
-            self._listen("commit_twophase", self.on_commit)
-
-    def _listen(self, name: str, listener: Callable[..., None]) -> None:
-        event.listen(self.connection, name, listener)
-        self.listeners.append((name, listener))
+        """Hear of COMMIT before any hook of the engine does, which may refuse it."""
+        for name in ("commit", "commit_twophase"):
+            event.listen(self.connection, name, self.on_commit)
+            self.listeners.append((name, self.on_commit))
 
     def on_flush(self) -> None:
         if self.changes is None or self.begun or self.connection.invalidated:
@@ -135,18 +167,16 @@ class Participant:
         if claimed and databases.is_in_transaction(driver, self.owner.is_commit_refused()):
             driver.rollback()
 
-    def on_statement(
-        self, connection: Connection, cursor: Any, statement: str, *_context: Any
-    ) -> None:
+    def on_statement(self, statement: str) -> None:
         had_work = self.begun or self.has_written()
         self.owner.wrote |= not databases.is_read(statement)
         if self.is_autocommit():
             if not self.owner.safe:
                 self.owner.on_durable()
-        elif databases.may_have_committed(connection, statement, had_work):
+        elif databases.may_have_committed(self.connection, statement, had_work):
             self.owner.on_durable()
 
-    def on_commit(self, connection: Connection, *_details: object) -> None:
+    def on_commit(self, *_details: object) -> None:
         if self.owner.state is State.COMMITTING:
             self.commit_sent = True
         else:
@@ -156,7 +186,7 @@ class Participant:
         """Hear of an error on the connection, before anybody can swallow or translate it."""
         error = context.sqlalchemy_exception or context.original_exception
         owner, connection = self.owner, self.connection
-        if databases.error_code(error) in databases.NODE_LOST:
+        if isinstance(error, OSError) or databases.error_code(error) in databases.NODE_LOST:
             context.is_disconnect = True  # SQLAlchemy does not count it as one
             context.invalidate_pool_on_disconnect = False
         owner.note_error(error)

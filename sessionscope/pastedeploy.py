@@ -2,13 +2,14 @@
 
 In the ini file of an application::
 
+    [app:main]
+    use = egg:myapp
+    filter-with = session
+
     [filter:session]
     use = egg:sessionscope
     registry = myapp.models:Session
     attempts = 3
-
-    [pipeline:main]
-    pipeline = session myapp
 
 The settings are the arguments of `SessionMiddleware`:
 

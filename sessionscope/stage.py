@@ -138,6 +138,14 @@ class StagedRegistry(ScopedRegistry[Any]):
     scopefunc = property(lambda self: self.own.scopefunc)
     registry = property(lambda self: self.own.registry)
 
+    def scope(self) -> object:
+        """Return the scope of the running code, if the user's own registry tells one apart."""
+        scopefunc = getattr(self.own, "scopefunc", None)
+        try:
+            return None if scopefunc is None else scopefunc()
+        except Exception:  # Flask-SQLAlchemy's fails outside of an application context
+            return None
+
     def shows(self, entry: Entry) -> bool:
         """Tell whether *entry* is of this registry."""
         return entry.stage.own is self.own

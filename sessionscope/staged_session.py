@@ -48,10 +48,14 @@ class StagedSession(SessionTracker):
         self.warned = warned
         self.seat = Seat()
         self.closed = False
+        self.scope: object = None
+        """Where the transaction began; a ``remove()`` of another scope is not about it."""
         self.removed_at: str | None = None
         """Where ``remove()`` was called while the session held work."""
 
     def show(self) -> Session:
+        if not self.session.in_transaction():
+            self.scope = self.stage.scope()
         if self.removed_at is not None:
             self.warn_once(
                 f"{self.removed_at} removed a session that held work, and the application uses "
@@ -77,7 +81,7 @@ class StagedSession(SessionTracker):
             self.seat.leave()
             return
         transaction = self.transaction
-        if not self.session.in_transaction():
+        if not self.session.in_transaction() or self.stage.scope() != self.scope:
             return
         if self.has_failed():
             transaction.handle(Event.REMOVED)

@@ -63,8 +63,9 @@ class Transaction:
         participant = Participant(self, connection)
         self.participants.append(participant)
         if self.watched:
-            participant.watch_statements()
+            participant.watch()
         self.handle(Event.JOINED)
+        participant.refuse_if_inherited()
 
     def begin_sqlite(self) -> None:
         """Keep SQLite from committing when the outermost savepoint is released."""
@@ -177,7 +178,9 @@ class Transaction:
         :param error: what the application raised; None if it made a response.
         """
         noted = self.error
-        if databases.is_transient(noted) and (error is None or _is_because_of(error, noted)):
+        # pg8000 lets through what its socket raises.
+        transient = isinstance(noted, OSError) or databases.is_transient(noted)
+        if transient and (error is None or _is_because_of(error, noted)):
             return noted
         return None
 

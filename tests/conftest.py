@@ -37,7 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 break
 
 
-Server = TypeVar("Server", databases.Node, clusters.PostgreSQLCluster, clusters.GaleraCluster)
+Server = TypeVar(
+    "Server",
+    databases.Node,
+    databases.PgBouncer,
+    clusters.PostgreSQLCluster,
+    clusters.GaleraCluster,
+)
 
 
 def running(name: str, server: AbstractContextManager[Server]) -> Iterator[Server]:

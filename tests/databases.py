@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine
+from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -423,6 +423,56 @@ def postgresql(programs: Callable[[Path], Path] = postgresql_programs) -> Iterat
         node = PostgreSQL(programs(place.folder), place)
         try:
             node.initialize()
+            node.start()
+            yield node
+        finally:
+            node.close()
+
+
+class PgBouncer(Node):
+    """PgBouncer in its transaction mode, with one connection to the server of *target*.
+
+    Its database ``reader`` is the same, over a connection of its own.
+
+    https://www.pgbouncer.org/config.html
+    """
+
+    stop_signal = signal.SIGINT
+    end_signal = signal.SIGTERM  # at once, though clients are connected
+
+    def __init__(self, target: URL, place: Place) -> None:
+        port = place.port()
+        settings = place.folder / "pgbouncer.ini"
+        super().__init__(
+            f"postgresql+psycopg://tests@127.0.0.1:{port}/{target.database}",
+            port,
+            [find("pgbouncer"), str(settings)],
+            place,
+        )
+        server = f"host={target.host} port={target.port} user={target.username}"
+        settings.write_text(
+            f"""
+            [databases]
+            * = {server}
+            reader = {server} dbname={target.database}
+            [pgbouncer]
+            listen_addr = 127.0.0.1
+            listen_port = {port}
+            unix_socket_dir =
+            auth_type = any
+            pool_mode = transaction
+            default_pool_size = 1
+            """.replace(" " * 12, ""),
+            "utf-8",
+        )
+
+
+@contextmanager
+def pgbouncer(target: URL) -> Iterator[PgBouncer]:
+    """Run PgBouncer in front of the PostgreSQL server of *target*."""
+    with place_for("postgres") as place:
+        node = PgBouncer(target, place)
+        try:
             node.start()
             yield node
         finally:

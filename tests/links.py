@@ -15,6 +15,10 @@ from sqlalchemy.engine import URL
 
 Cut = Literal["before it arrives", "while it runs", "before its answer"]
 
+STEPS = (b"P", b"D")
+EXECUTE = b"E\0\0\0\t\0"
+"""pg8000 has a statement parsed, described and executed, and waits for each answer."""
+
 
 class Link:
     """Carries bytes to and from one server.
@@ -31,7 +35,7 @@ class Link:
 
     def carry(self, client: socket.socket, server: socket.socket) -> None:
         """Serve one client until it hangs up or is cut off."""
-        swallowing = waiting = False
+        swallowing = waiting = committing = False
         while True:
             ready, _, _ = select.select([client, server], [], [])
             if server in ready:
@@ -42,7 +46,10 @@ class Link:
                 client.sendall(answer)
             if client in ready:
                 said = client.recv(65536)
-                cut = self.cut if b"COMMIT" in said else None
+                committing |= b"COMMIT" in said.upper()
+                runs = committing and (said[:1] not in STEPS or EXECUTE in said)
+                committing &= not runs
+                cut = self.cut if runs else None
                 if not said or cut == "before it arrives":
                     return
                 self.trips += not waiting

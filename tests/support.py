@@ -137,9 +137,9 @@ def serve_once(app: WSGIApplication, request: WSGIEnvironment | None = None) -> 
 
 
 @contextmanager
-def serving(app: WSGIApplication, **options: Any) -> Iterator[int]:
+def serving(app: WSGIApplication, threads: int = 4, **options: Any) -> Iterator[int]:
     """Serve *app* with waitress on a free port of loopback."""
-    server: Any = create_server(app, host="127.0.0.1", port=0, threads=4, **options)
+    server: Any = create_server(app, host="127.0.0.1", port=0, threads=threads, **options)
     stopping = threading.Event()
 
     def run() -> None:

@@ -26,6 +26,8 @@ from sqlalchemy import insert, select
 from models import Item
 from web.database import create_tables
 
+pytestmark = pytest.mark.long
+
 SEED = os.environ.get("ATTACK_SEED") or token_hex(4)
 """Set it to send the requests of an earlier run once more."""
 

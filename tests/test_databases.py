@@ -28,6 +28,8 @@ from databases import (
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
+pytestmark = pytest.mark.long
+
 
 @contextmanager
 def table(node: Callable[[], Node]) -> Iterator[None]:

@@ -27,6 +27,7 @@ import sessionscope
 from django.http import HttpResponse
 from django.test import override_settings
 from django.urls import path
+from flask import Flask
 from prometheus_client.metrics import MetricWrapperBase
 from sessionscope import SessionMiddleware, engines, pastedeploy, pytest_plugin, testing
 from sqlalchemy import Engine, create_engine, event, func, insert, select
@@ -491,16 +492,46 @@ def test_of_two_registries_the_inner_one_commits_first(two_databases: Reader) ->
 def test_flask_sqlalchemy_needs_one_line(reader: Reader) -> None:
     """An application of Flask-SQLAlchemy commits through its own db.session."""
     names = reader.run("coming-from")
-    app, customer, db = names["app"], names["Customer"], names["db"]
-
-    def create_customer() -> str:
-        db.session.add(customer(name="Ada"))
-        return ""
-
-    app.add_url_rule("/customers", view_func=create_customer, methods=["POST"])
-    TestApp(app).post("/customers", status=200)
+    app, customer = names["app"], names["Customer"]
+    db = names["db"] = app.extensions["sqlalchemy"]  # the block about a replica makes another
+    assert TestApp(app).post("/customers", {"name": "Ada"}).json == {"id": 1}
     with app.app_context(), db.engine.connect() as connection:
         assert connection.scalars(select(customer.name)).all() == ["Ada"]
+
+
+@pytest.mark.parametrize(("method", "kept"), [("POST", ["lamp"]), ("GET", [])])
+def test_a_rule_keeps_what_a_get_has_changed_out(
+    method: str, kept: list[str], reader: Reader
+) -> None:
+    """The rule on the page about others commits a POST, and nothing of a GET."""
+    names = reader.run("coming-from")
+    app = plain("200 OK", lambda _: names["Session"].add(names["Order"](item="lamp")))
+    rule = names["never_for_reading"]
+    serve_once(SessionMiddleware(app, names["Session"], commit_when=rule), environ(method))
+    assert reader.orders() == kept
+
+
+def test_flask_sqlalchemy_reads_from_a_replica(reader: Reader, tmp_path: Path) -> None:
+    """With the session on the page about others a GET reads from reader=, and a POST doesn't."""
+    names = reader.run("coming-from")
+    db = names["db"]
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{tmp_path}/primary.db"
+    db.init_app(app)
+    replica = names["replica"] = create_engine(f"sqlite:///{tmp_path}/replica.db")
+    app.wsgi_app = SessionMiddleware(  # type: ignore[method-assign]
+        app.wsgi_app, db.session, reader=replica
+    )
+
+    @app.route("/", methods=["GET", "POST"])
+    def show() -> str:
+        return Path(str(db.session.connection().engine.url.database)).stem
+
+    client = TestApp(app)
+    assert [client.get("/").text, client.post("/").text] == ["replica", "primary"]
+    replica.dispose()
+    with app.app_context():
+        db.engine.dispose()
 
 
 # The site.

@@ -49,6 +49,7 @@ waitress.serve(module.application, listen="127.0.0.1:" + os.environ["PORT"])
 SERVICES = {
     "webob": f"python {shlex.quote(str(ROOT / 'serve.py'))} --listen 127.0.0.1:8080",
     "flask": "python examples/flask_items.py",
+    "flask-sqlalchemy": "python examples/flask_sqlalchemy_items.py",
     "gunicorn": "gunicorn examples.flask_items:application",
     "granian": "granian --interface wsgi examples.flask_items:application",
     "mod_wsgi": f"python -c {shlex.quote(MOD_WSGI)}",
@@ -256,7 +257,7 @@ def test_the_log_tells_what_became_of_each_request(service: Service) -> None:
 
 
 @pytest.mark.parametrize("database", ["postgresql", "mariadb"])
-@pytest.mark.parametrize("name", ["flask", "swapped-models"])
+@pytest.mark.parametrize("name", ["flask", "flask-sqlalchemy", "swapped-models"])
 def test_another_database_is_a_url(
     name: str, database: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -34,6 +34,8 @@ from support import PATIENCE, Answer, environ, fetch, serve_once, text
 from models import Base, Item
 from web.database import create_tables
 
+pytestmark = pytest.mark.long
+
 
 def engine_on(server: Node | PostgreSQLCluster) -> Iterator[Engine]:
     engine = make_engine(server.url)

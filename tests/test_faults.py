@@ -22,6 +22,8 @@ from models import Item
 if TYPE_CHECKING:
     from shapes import Shape
 
+pytestmark = pytest.mark.long
+
 Registry = scoped_session[Session]
 
 NONE_LEFT = 200

@@ -29,6 +29,8 @@ from support import Server, environ, names, serve_once, text
 import middleware
 from models import Item
 
+pytestmark = pytest.mark.long
+
 Registry = scoped_session[Session]
 
 LIBRARY = (str(Path(sessionscope.__file__).parent), middleware.__file__)

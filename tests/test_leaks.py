@@ -25,10 +25,12 @@ from support import Server, environ, serve_once, text
 import middleware
 from models import Item
 
+pytestmark = pytest.mark.long
+
 Registry = scoped_session[Session]
 Once = Callable[[], object]
 
-REQUESTS = int(os.environ.get("LEAK_REQUESTS", "1000"))
+REQUESTS = int(os.environ.get("LEAK_REQUESTS", "400"))
 FEW = 100
 
 

@@ -36,6 +36,8 @@ from ledger import (
 )
 from links import Cut, Link, linked
 
+pytestmark = pytest.mark.long
+
 SEED = int(os.environ.get("LEDGER_SEED", "1"))
 
 Keep = Callable[..., None]

@@ -48,6 +48,8 @@ from support import PATIENCE, Server, debts, environ, make_tables, names, refuse
 
 from models import Item
 
+pytestmark = pytest.mark.long
+
 PROFILES = {
     "ci": settings(
         max_examples=200,

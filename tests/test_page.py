@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     Wrap = Callable[[WSGIApplication], WSGIApplication]
 
+pytestmark = pytest.mark.long
+
 UNKNOWN = "It is not known whether the change was made."
 NO_ANSWER = "The service does not answer."
 

@@ -59,6 +59,8 @@ from support import (
 
 from models import Base, Item
 
+pytestmark = pytest.mark.long
+
 Registry = scoped_session[Session]
 
 ENDS = [("200 OK", ["kept"]), ("404 Not Found", [])]

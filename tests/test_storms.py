@@ -26,6 +26,8 @@ from support import PATIENCE, drop_tables, names
 from models import Item
 from web.database import create_tables
 
+pytestmark = pytest.mark.long
+
 CLIENTS = 8
 """How many are at it at once; the service has as many threads."""
 

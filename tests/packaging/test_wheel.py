@@ -200,7 +200,7 @@ def test_the_library_names_sqlalchemy_alone(name: str) -> None:
 ORDER = [
     "middleware", "attempt", "application", "replay", "outcome", "response", "unit_of_work",
     "committing", "staged_session", "callbacks", "guests", "confirm", "events", "trackers",
-    "transactions", "participants", "errors", "databases", "states", "stage",
+    "transactions", "participants", "forks", "errors", "databases", "states", "stage",
 ]  # fmt: skip
 """From the top down."""
 

@@ -1,0 +1,202 @@
+"""Requests with an Idempotency-Key and their responses, as HTTP has them.
+
+Nothing here knows of sessions.  RFC 9110 is HTTP, RFC 9457 problem details, RFC 9651 structured
+fields, and PEP 3333 (https://peps.python.org/pep-3333/) is WSGI.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from sessionscope.response import is_success
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+    from sessionscope.response import Headers
+
+MAX_KEY = 255
+"""Characters of a key."""
+
+MAX_RESPONSE = 2**24 - 1
+"""Bytes of a stored response, with its head; more don't fit in MariaDB's MEDIUMBLOB."""
+
+NOT_STORED = frozenset({"date", "set-cookie"})
+"""Headers that belong to one message, or to one moment of a client's session."""
+
+PHRASES = {
+    400: "Bad Request",
+    409: "Conflict",
+    413: "Content Too Large",
+    422: "Unprocessable Content",
+}
+
+# A String (RFC 9651, 3.3.3) whose parameters (3.1.2) mean nothing here; or its characters
+# without quotes, as most clients send them.  A comma would separate two fields (RFC 9110, 5.3).
+_STRING = r'"((?:[ !#-\[\]-~]|\\["\\])*)"'
+_PARAMETER = r' *; *[a-z*][a-z0-9_.*-]*(?:=(?:"(?:[ !#-\[\]-~]|\\["\\])*"|[!#-+\--:<-~]+))?'
+_QUOTED = re.compile(f"{_STRING}(?:{_PARAMETER})*")
+_BARE = re.compile(r"[ !#-+\--\[\]-~]*")
+_NUMBER = re.compile(r"[0-9]+")
+
+
+class Problem(Exception):
+    """Why a request is not carried out, in the problem details of RFC 9457."""
+
+    def __init__(self, status: int, title: str, headers: Headers | None = None) -> None:
+        super().__init__(title)
+        self.status = status
+        self.title = title
+        self.headers = headers or []
+
+    def respond(self, start_response: StartResponse, help: str, *exc_info: Any) -> list[bytes]:
+        """Send it.
+
+        :param help: the URI of its ``type``.
+        """
+        details = {"type": help, "title": self.title, "status": self.status}
+        body = json.dumps(details).encode()
+        headers = [
+            ("Content-Type", "application/problem+json"),
+            ("Content-Length", str(len(body))),
+            *self.headers,
+        ]
+        start_response(f"{self.status} {PHRASES[self.status]}", headers, *exc_info)
+        return [body]
+
+
+def in_progress() -> Problem:
+    title = "A request with this Idempotency-Key is still running"
+    return Problem(409, title, [("Retry-After", "1")])
+
+
+def parse_key(text: str) -> str:
+    """Return the key that the field says.
+
+    :raises Problem: 400 if it is no single String of 1 to 255 characters.
+    """
+    text = text.strip(" \t")
+    quoted = _QUOTED.fullmatch(text)
+    if quoted is None and not _BARE.fullmatch(text):
+        raise Problem(400, "Idempotency-Key must be one String of printable ASCII (RFC 9651)")
+    key = text if quoted is None else re.sub(r"\\(.)", r"\1", quoted[1])
+    if not 1 <= len(key) <= MAX_KEY:
+        raise Problem(400, f"Idempotency-Key must have 1 to {MAX_KEY} characters")
+    return key
+
+
+def read_body(environ: WSGIEnvironment, limit: int) -> bytes:
+    """Read the body of the request.
+
+    :param limit: bytes that it may have; at most one more is read.
+    :raises Problem: 400 if it is incomplete, 413 if it is too long.
+    """
+    length = environ.get("CONTENT_LENGTH") or ""
+    too_long = Problem(413, f"A request with an Idempotency-Key may have at most {limit} bytes")
+    if length and not _NUMBER.fullmatch(length):
+        raise Problem(400, "Content-Length must be a number")
+    if len(length) > 18 or (length and int(length) > limit):
+        raise too_long
+    # Without a length, a read could wait for ever, unless the server knows where the body ends.
+    ends = "HTTP_TRANSFER_ENCODING" in environ or environ.get("wsgi.input_terminated")
+    wanted = int(length) if length else (limit + 1 if ends else 0)
+    body = b""
+    while len(body) < wanted and (piece := environ["wsgi.input"].read(wanted - len(body))):
+        body += piece
+    if len(body) > limit:
+        raise too_long
+    if length and len(body) < wanted:
+        raise Problem(400, "The body is shorter than its Content-Length")
+    return body
+
+
+def digest(*parts: str | bytes) -> str:
+    """Return the SHA-256 of *parts*, in hexadecimal; each part follows its length."""
+    result = sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        result.update(b"%d:%b" % (len(data), data))
+    return result.hexdigest()
+
+
+def request_digest(environ: WSGIEnvironment, body: bytes) -> str:
+    """Return the digest of all that two requests must have in common to be the same."""
+    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    query, kind = environ.get("QUERY_STRING", ""), environ.get("CONTENT_TYPE") or ""
+    return digest(environ["REQUEST_METHOD"], path, query, kind, body)
+
+
+class Recording:
+    """A response that is recorded while it passes.
+
+    :param start_response: the server's.
+    :param limit: bytes of a body that are kept; a longer one passes all the same.
+    """
+
+    def __init__(self, start_response: StartResponse, limit: int) -> None:
+        self.server_start_response = start_response
+        self.limit = limit
+        self.status: object = None
+        self.headers: object = None
+        self.chunks: list[bytes] = []
+        self.room = limit
+
+    def start_response(
+        self, status: str, headers: Headers, exc_info: Any = None, /
+    ) -> Callable[[bytes], object]:
+        """Pass the head on; one that replaces another also takes back what was written."""
+        more = [] if exc_info is None else [exc_info]
+        write = self.server_start_response(status, headers, *more)
+        self.status, self.headers = status, headers.copy() if type(headers) is list else None
+        self.chunks, self.room = [], self.limit
+
+        def write_and_record(chunk: bytes) -> object:
+            self.add(chunk)
+            return write(chunk)
+
+        return write_and_record
+
+    def add(self, chunk: object) -> None:
+        """Record *chunk*; nothing is kept of a body that is too long, or has other than bytes."""
+        if isinstance(chunk, bytes) and len(chunk) <= self.room:
+            self.room -= len(chunk)
+            self.chunks.append(chunk)
+        else:
+            self.room = -1
+            self.chunks.clear()
+
+    @property
+    def is_success(self) -> bool:
+        return is_success(self.status)
+
+    def as_http(self) -> bytes | None:
+        """Return the response as HTTP/1.1 writes it; None if it cannot be kept."""
+        if self.room < 0 or not isinstance(self.headers, list):
+            return None
+        try:
+            stored = [(name, value) for name, value in self.headers if not _is_left_out(name)]
+            lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in stored)]
+            head = "\r\n".join(lines).encode("latin-1")
+        except (AttributeError, TypeError, ValueError):
+            return None  # the server says what it thinks of such headers
+        written = head + b"\r\n\r\n" + b"".join(self.chunks)
+        is_plain = len(re.split(b"[\r\n]+", head)) == len(lines)
+        return written if is_plain and len(written) <= MAX_RESPONSE else None
+
+
+def _is_left_out(name: str) -> bool:
+    return name.lower() in NOT_STORED
+
+
+def replay(written: bytes, start_response: StartResponse) -> list[bytes]:
+    """Send a response that `Recording.as_http` has written."""
+    head, _, body = written.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    pairs = (line.partition(": ") for line in lines)
+    headers = [(name, value) for name, _, value in pairs]
+    start_response(status.removeprefix("HTTP/1.1 "), [*headers, ("Idempotent-Replayed", "true")])
+    return [body] if body else []

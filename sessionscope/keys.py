@@ -1,0 +1,201 @@
+"""The table of idempotency keys, and the row of one request."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from time import sleep, time_ns
+from typing import TYPE_CHECKING, Any
+
+from sessionscope.databases import error_code, is_transient
+from sessionscope.keyed import MAX_RESPONSE, in_progress
+from sessionscope.unit_of_work import session_scope
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    delete,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+
+if TYPE_CHECKING:
+    from sessionscope.stage import Registry
+    from sessionscope.unit_of_work import UnitOfWork
+    from sqlalchemy import Insert, Row
+
+    Context = Callable[[], AbstractContextManager[object]]
+
+# MariaDB makes a MEDIUMBLOB of either; that it is one, Alembic knows of the second only.
+_RESPONSE = LargeBinary(MAX_RESPONSE).with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
+
+WAITED_TOO_LONG = frozenset({"55P03", "57014", 1205, 1969})
+"""Lock and statement timeouts of PostgreSQL and MariaDB: a rival is still at work."""
+
+PURGE_ATTEMPTS = 5
+"""How often `purge` tries to delete one batch that conflicts with others."""
+
+
+def idempotency_table(metadata: MetaData, name: str = "idempotency_keys", **options: Any) -> Table:
+    """Define the table of the keys, which must be on the engine of the work.
+
+    A row holds neither the key nor the scope in clear.
+
+    :param metadata: where ``create_all()`` and Alembic find it.
+    :param options: for `sqlalchemy.Table`, ``schema`` for instance.
+    """
+    return Table(
+        name,
+        metadata,
+        Column("id", String(64), primary_key=True),  # SHA-256 of scope and key
+        Column("request", String(64), nullable=False),  # SHA-256 of what was asked for
+        Column("created", BigInteger, nullable=False, index=True),  # ns since 1970
+        Column("response", _RESPONSE),  # NULL: carried out, but not kept
+        **options,
+    )
+
+
+def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 500) -> int:
+    """Delete the keys that are older than *older_than*, and return their number.
+
+    A purged key is new: a repeat is carried out again.  It may run beside requests, and beside
+    itself.
+
+    :param registry: a ``scoped_session``; each batch is a transaction of its own.
+    :param batch: rows that a transaction deletes at most.
+    :raises TypeError: if *older_than* is no `timedelta`.
+    :raises ValueError: for a negative *older_than*, or a *batch* below 1.
+    """
+    if not isinstance(older_than, timedelta):
+        raise TypeError(f"older_than must be a timedelta, not {older_than!r}")
+    if older_than < timedelta(0) or batch < 1:
+        raise ValueError("older_than must not be negative, and batch must be 1 or more")
+    before = max(0, time_ns() - older_than // timedelta(microseconds=1) * 1000)
+    total = 0
+    while True:
+        found, deleted = _purge_patiently(registry, table, before, batch)
+        total += deleted
+        if found < batch:
+            return total
+
+
+def _purge_patiently(registry: Registry, table: Table, before: int, batch: int) -> tuple[int, int]:
+    for attempt in range(1, PURGE_ATTEMPTS):
+        try:
+            return _purge_batch(registry, table, before, batch)
+        except DBAPIError as error:
+            if not is_transient(error):
+                raise
+        sleep(random.uniform(0, 0.01 * 2**attempt))
+    return _purge_batch(registry, table, before, batch)
+
+
+def _purge_batch(registry: Registry, table: Table, before: int, batch: int) -> tuple[int, int]:
+    """Delete one batch; return how many rows were found, and how many of them deleted."""
+    is_old = table.c.created < before
+    query = select(table.c.id).where(is_old).order_by(table.c.created).limit(batch)
+    with session_scope(registry) as session:
+        found = session.scalars(query).all()
+        # Another purge may have deleted one meanwhile, and a request inserted it again.
+        done: Any = session.execute(delete(table).where(table.c.id.in_(found), is_old))
+        return len(found), done.rowcount
+
+
+class Claim:
+    """The row of one request, in the transaction of its work.
+
+    :param id: the digest of scope and key.
+    :param request: the digest of what is asked for.
+    :param context: called for a context manager in which to use the session.
+    """
+
+    def __init__(
+        self, unit: UnitOfWork, table: Table, id: str, request: str, context: Context
+    ) -> None:
+        self.unit = unit
+        self.table = table
+        self.id = id
+        self.request = request
+        self.context = context
+        self.created = time_ns()
+        self.transaction = unit.transaction
+        self.is_running = True
+
+    def insert(self, response: bytes | None = None) -> bool:
+        """Insert the row unless it is there, and tell whether it was not.
+
+        Waits for a rival that has inserted it and not committed yet.
+
+        :raises Problem: if the database does not let it wait any longer.
+        """
+        values = {"id": self.id, "request": self.request, "created": self.created}
+        with self.session_in_use():
+            statement = insert_unless_there(self.table, self.dialect())
+            statement = statement.values(**values, response=response)
+            done: Any = self.unit.session.execute(
+                statement,
+                execution_options={"preserve_rowcount": True},  # of an INSERT, too
+            )
+        self.transaction = self.unit.transaction
+        return bool(done.rowcount)
+
+    def find(self) -> Row[Any, Any] | None:
+        """Return the row of an earlier request; None if it was purged meanwhile."""
+        row = self.table.c
+        query = select(row.request, row.response).where(row.id == self.id)
+        with self.session_in_use():
+            if self.dialect() in ("mysql", "mariadb"):
+                query = query.with_for_update(read=True)  # it may be younger than our snapshot
+            return self.unit.session.execute(query).first()
+
+    def store(self, response: bytes | None) -> bool:
+        """Store *response* in the row, or tell that a rival has the key.
+
+        The application may have rolled the row back; then it is inserted again.
+        """
+        row = self.table.c
+        own = (row.id == self.id) & (row.created == self.created)
+        with self.session_in_use():
+            statement = update(self.table).where(own).values(response=response)
+            done: Any = self.unit.session.execute(statement)
+        return bool(done.rowcount) or self.insert(response)
+
+    @contextmanager
+    def session_in_use(self) -> Iterator[None]:
+        """Run a block that uses the session, and may wait for a rival."""
+        try:
+            with self.context():
+                yield
+        except Exception as error:
+            if error_code(error) in WAITED_TOO_LONG:
+                raise in_progress() from error
+            raise
+
+    def may_be_lost(self) -> bool:
+        """Tell whether the application has ended the transaction in which the row was inserted."""
+        return self.transaction is not self.unit.transaction
+
+    def dialect(self) -> str:
+        return self.unit.session.get_bind(clause=self.table).dialect.name
+
+
+def insert_unless_there(table: Table, dialect: str) -> Insert:
+    """Return an INSERT that does nothing if the row is there.
+
+    :raises RuntimeError: for a database that is not supported.
+    """
+    if dialect == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    if dialect == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing()
+    if dialect in ("mysql", "mariadb"):
+        return insert(table).prefix_with("IGNORE")  # our values fit, so it ignores nothing else
+    raise RuntimeError(f"Idempotency supports PostgreSQL, MariaDB, MySQL and SQLite, not {dialect}")
