@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 import waitress
 from attack import Connection, request
+from databases import until
 from processes import Process, serve
 from support import PATIENCE
 from waitress import channel, parser, server, task
@@ -121,7 +122,8 @@ def test_a_trusted_proxy_is_believed() -> None:
             with Connection(process.port) as connection:
                 connection.send(request("GET", "/livez", "X-Forwarded-For: 203.0.113.7"))
                 assert connection.read().status == 200
-            process.read_until(f'{client} "GET /livez HTTP/1.1" 200')
+            line = f'{client} "GET /livez HTTP/1.1" 200'
+            until(lambda: line in process.log, "the line")  # noqa: B023  (it is called at once)
 
 
 def test_waitress_is_what_it_was() -> None:
