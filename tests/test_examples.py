@@ -47,7 +47,7 @@ waitress.serve(module.application, listen="127.0.0.1:" + os.environ["PORT"])
 """
 
 SERVICES = {
-    "webob": f"LOG_LEVEL=debug python {shlex.quote(str(ROOT / 'serve.py'))} --listen 127.0.0.1:8080",
+    "webob": f"LOG_LEVEL=debug python {shlex.quote(str(ROOT / 'serve.py'))} --listen 8080",
     "flask": "python examples/flask_items.py",
     "flask-sqlalchemy": "python examples/flask_sqlalchemy_items.py",
     "gunicorn": "gunicorn examples.flask_items:application",
