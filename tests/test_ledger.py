@@ -41,7 +41,14 @@ pytestmark = pytest.mark.long
 
 SEED = int(os.environ.get("LEDGER_SEED", "1"))
 
-USUAL = {"200", "503 Retry-After", "503 Commit-Outcome", "cut off", "no connection"}
+USUAL = {
+    "200",
+    "503 Retry-After",
+    "503 Commit-Outcome",
+    "503 Commit-Outcome Retry-After",
+    "cut off",
+    "no connection",
+}
 """What a client without a key may be told."""
 
 Keep = Callable[..., None]
