@@ -1,81 +1,118 @@
-"""The item resources: what a client may ask for, and what becomes of it.
+"""The item resources: what clients may ask for, and what becomes of it.
 
-Handlers read like the pages they serve: they take a request, use the session of the
-registry, and return what shall become JSON.  None of them begins, commits, rolls back
-or closes anything, and none knows what database there is.
+A handler takes a request, uses the session of the registry, and returns what shall become JSON.
+It reads columns and writes objects.  None begins, commits, rolls back or closes anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
-from sqlalchemy import Table, bindparam, insert, select, update
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session, scoped_session
 
-from models import MAX_ID, Item
+from models import MAX_ID, MAX_NAME, Item
 from web.health import Health
-from web.openapi import Documentation
-from web.router import (
-    JSON_HEADERS,
-    MAX_BODY,
-    JSONRequest,
-    Refusal,
-    Response,
-    Router,
-    as_json,
-    json_bytes,
-)
-from web.static import StaticFile
+from web.requests import JSONRequest
+from web.responses import JSON, HTTPError, Response, json_response, stream_json
+from web.router import MAX_BODY, Router
+from web.static import StaticFile, below
+from web.validation import InvalidField
 
-PAGE = Path(__file__).with_name("web") / "page"
+WEB = Path(__file__).with_name("web")
 
-PAGE_FILES = [
-    ("/", "index.html", "text/html"),
-    ("/page.css", "page.css", "text/css"),
-    ("/page.js", "page.js", "text/javascript"),
+FILES = [
+    ("/", "page/index.html", "text/html"),
+    ("/page.css", "page/page.css", "text/css"),
+    ("/page.js", "page/page.js", "text/javascript"),
+    ("/openapi.json", "openapi.json", JSON),
 ]
 
 MAX_PAGE = 1000
-"""Items on a page; a list of more, if it is asked for as a whole, is streamed."""
+"""Items on a page; a longer list, if it is asked for as a whole, is streamed."""
 
-CHUNK = 500
+BATCH = 500
 """Items in a chunk of a stream."""
 
-ItemId = Annotated[int, msgspec.Meta(ge=1, le=MAX_ID, description="The id of an item.")]
+MAX_COUNT = 10_000
+"""Rows that are counted; it takes some milliseconds."""
 
-# PostgreSQL cannot store NUL in a text.
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=16, pattern=r"^[^\x00]*$")]
-Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE, description="At most so many items.")]
-After = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID, description="Only items with a larger id.")]
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Unicode's default ignorable code points of the first plane, and a blank of Braille.
+_INVISIBLE = re.compile(
+    r"[\s\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8]*"
+)
+
+
+def check_text(name: str) -> str:
+    """Return *name* if it may be a part of one.
+
+    :raises InvalidField: if it is too long or has control characters.
+    """
+    if len(name) > MAX_NAME:
+        message = f"name must have at most {MAX_NAME} characters"
+        raise InvalidField(message, "name", "too_long", MAX_NAME)
+    if _CONTROL.search(name):
+        raise InvalidField("name must have no control characters", "name", "control_character")
+    return name
+
+
+def clean_name(name: str) -> str:
+    """Return *name* without the blanks around it.
+
+    :raises InvalidField: if something is wrong with the rest, or nothing of it can be seen.
+    """
+    name = check_text(name.strip())
+    if _INVISIBLE.fullmatch(name):
+        raise InvalidField("name must have a visible character", "name", "blank")
+    return name
 
 
 class NewItem(msgspec.Struct, forbid_unknown_fields=True):
     """What a client sends to create an item, which is named after its id if need be."""
 
-    name: Name | msgspec.UnsetType = msgspec.UNSET
+    name: str | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        if self.name is not msgspec.UNSET:
+            self.name = clean_name(self.name)
+
+
+class ItemChange(NewItem):
+    """What a client sends to change an item; what is left out stays as it is."""
 
 
 class ItemState(msgspec.Struct, forbid_unknown_fields=True):
     """What a client sends to replace an item."""
 
-    name: Name
+    name: str
+
+    def __post_init__(self) -> None:
+        self.name = clean_name(self.name)
 
 
-class ItemChange(msgspec.Struct, forbid_unknown_fields=True):
-    """What a client sends to change an item; what is left out stays as it is."""
+class Filter(msgspec.Struct, forbid_unknown_fields=True):
+    """Which items are meant: those between two ids whose names begin with a prefix."""
 
-    name: Name | msgspec.UnsetType = msgspec.UNSET
+    after: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = 0
+    before: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = MAX_ID + 1
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = check_text(self.name.strip())
 
 
-class Page(msgspec.Struct, forbid_unknown_fields=True):
-    """Which items a list shall have; all of them by default."""
+class Selection(Filter):
+    """Which of them a list shows, and in which order."""
 
-    limit: Limit | msgspec.UnsetType = msgspec.UNSET
-    after: After | msgspec.UnsetType = msgspec.UNSET
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 0
+    order: Literal["oldest", "newest"] = "oldest"
 
 
 class ItemView(msgspec.Struct):
@@ -91,14 +128,11 @@ class ItemList(msgspec.Struct):
     items: Sequence[ItemView]
 
 
-# Rows of the table rather than objects, on the session's own connection: for a request that
-# shows them and forgets them they cost a third.
-TABLE = cast(Table, Item.__table__)
-ALL = select(TABLE.c.id, TABLE.c.name).order_by(TABLE.c.id).limit(bindparam("count"))
-LATER = ALL.where(TABLE.c.id > bindparam("after"))
-ONE = select(TABLE.c.id, TABLE.c.name).where(TABLE.c.id == bindparam("key"))
-NEW = insert(TABLE).values(name=bindparam("name"))
-RENAME = update(TABLE).where(TABLE.c.id == bindparam("key")).values(name=bindparam("name"))
+class Count(msgspec.Struct):
+    """How many items there are; at least so many if it is not exact."""
+
+    count: int
+    exact: bool
 
 
 class Items:
@@ -110,97 +144,117 @@ class Items:
     def __init__(self, session: scoped_session[Session]) -> None:
         self.session = session
 
-    def create(self, request: JSONRequest, body: NewItem) -> ItemView:
+    def create(self, request: JSONRequest, body: NewItem) -> Response:
         """Create an item."""
-        name = None if body.name is msgspec.UNSET else body.name
-        connection = self.session.connection()
-        made: Any = connection.execute(NEW, {"name": name})
-        (id,) = made.inserted_primary_key
-        if name is None:
-            name = f"Item #{id}"
-            connection.execute(RENAME, {"key": id, "name": name})
-        return ItemView(id, name)
+        item = Item(name=None if body.name is msgspec.UNSET else body.name)
+        self.session.add(item)
+        self.session.flush()  # which gives it its id
+        item.name = item.name or f"Item #{item.id}"
+        return json_response(view(item), headers={"Location": below(request, item.id)})
 
-    def list(self, request: JSONRequest, query: Page) -> ItemList | Response:
-        """List all items, or a page of them."""
-        after = None if query.after is msgspec.UNSET else query.after
-        limit = MAX_PAGE if query.limit is msgspec.UNSET else query.limit
-        items = self.fetch(after, limit + 1)
+    def index(self, request: JSONRequest, query: Selection) -> ItemList | Response:
+        """List items: all of them, or a page."""
+        limit = query.limit or MAX_PAGE
+        items = self.fetch(query, limit + 1)
         if len(items) <= limit:
             return ItemList(items)
-        if query.limit is msgspec.UNSET:
-            return Response(200, {**JSON_HEADERS}, written(self.onwards(items)))
-        shown = items[:limit]
-        return as_json(ItemList(shown), headers={"Link": next_page(limit, shown[-1].id)})
+        if not query.limit:
+            return stream_json("items", self.batches(query, items))
+        page = items[:limit]
+        return json_response(ItemList(page), headers={"Link": next_link(query, page[-1])})
 
-    def show(self, request: JSONRequest, id: ItemId) -> ItemView:
+    def count(self, request: JSONRequest, query: Filter) -> Count:
+        """Count items, up to a limit."""
+        counted = matching(query, select(Item.id)).limit(MAX_COUNT + 1).subquery()
+        count = self.session.execute(select(func.count()).select_from(counted)).scalar_one()
+        return Count(min(count, MAX_COUNT), exact=count <= MAX_COUNT)
+
+    def show(self, request: JSONRequest, id: int) -> ItemView:
         """Show an item."""
-        found = self.session.connection().execute(ONE, {"key": id}).first()
-        if found is None:
-            raise Refusal(404, "not found")
-        return ItemView(*found)
+        row = self.session.execute(select(Item.id, Item.name).where(Item.id == id)).first()
+        if row is None:
+            raise HTTPError(404, "not found")
+        return ItemView(*row)
 
-    def replace(self, request: JSONRequest, id: ItemId, body: ItemState) -> ItemView:
+    def replace(self, request: JSONRequest, id: int, body: ItemState) -> ItemView:
         """Replace an item by one with another name."""
-        item = self.lock(request, id)
+        item = self.get_for_update(request, id)
         item.name = body.name
         return view(item)
 
-    def change(self, request: JSONRequest, id: ItemId, body: ItemChange) -> ItemView:
+    def change(self, request: JSONRequest, id: int, body: ItemChange) -> ItemView:
         """Change what is given of an item."""
-        item = self.lock(request, id)
+        item = self.get_for_update(request, id)
         if body.name is not msgspec.UNSET:
             item.name = body.name
         return view(item)
 
-    def delete(self, request: JSONRequest, id: ItemId) -> None:
+    def delete(self, request: JSONRequest, id: int) -> None:
         """Delete an item."""
-        self.session.delete(self.lock(request, id))
+        self.session.delete(self.get_for_update(request, id))
 
-    def lock(self, request: JSONRequest, id: int) -> Item:
-        """Find an item that is to be changed, and keep rivals away until it is."""
+    def get_for_update(self, request: JSONRequest, id: int) -> Item:
+        """Get an item and keep rivals away from it, if it is what the client expects it to be."""
         item = self.session.get(Item, id, with_for_update=True)
         if item is None:
-            raise Refusal(404, "not found")
+            raise HTTPError(404, "not found")
         request.require(view(item))
         return item
 
-    def fetch(self, after: int | None, count: int) -> Sequence[ItemView]:
-        """Fetch the first *count* items, of all or of those after a key."""
-        query = ALL if after is None else LATER
-        found = self.session.connection().execute(query, {"after": after, "count": count})
-        return [ItemView(id, name) for id, name in found.all()]
+    def fetch(self, query: Selection, count: int) -> list[ItemView]:
+        """Fetch the first *count* of the items."""
+        first = Item.id.desc() if query.order == "newest" else Item.id
+        statement = matching(query, select(Item.id, Item.name)).order_by(first).limit(count)
+        return [ItemView(*row) for row in self.session.execute(statement)]
 
-    def onwards(self, items: Sequence[ItemView]) -> Iterator[Sequence[ItemView]]:
+    def batches(self, query: Selection, items: list[ItemView]) -> Iterator[list[ItemView]]:
         """Yield *items*, and then all that come after them."""
         # By key rather than from one cursor: no transaction stays open as long as the
         # slowest client reads, and nothing is left to be fetched when one hangs up.  What
-        # is there all the time is listed once, as it was when its chunk was read.
+        # is there all the time is listed once, as it was when its batch was read.
         while items:
             yield items
-            items = self.fetch(items[-1].id, CHUNK)
+            items = self.fetch(following(query, items[-1]), BATCH)
 
 
 def view(item: Item) -> ItemView:
     return ItemView(item.id, item.name)
 
 
-def written(chunks: Iterable[Sequence[ItemView]]) -> Iterator[bytes]:
-    """Write an `ItemList` chunk by chunk: no JSON until it is whole."""
-    separator = b'{"items": ['
-    for items in chunks:
-        yield separator + json_bytes(items)[1:-1]
-        separator = b", "
-    yield b"]}"
+Statement = TypeVar("Statement", bound=Select[*tuple[Any, ...]])
 
 
-def next_page(limit: int, after: int) -> str:
-    """Say in a Link (RFC 8288, 3) where the next page is.
+def matching(query: Filter, statement: Statement) -> Statement:
+    """Restrict *statement* to the items that *query* means."""
+    if query.after:
+        statement = statement.where(Item.id > query.after)
+    if query.before <= MAX_ID:
+        statement = statement.where(Item.id < query.before)
+    if query.name:  # a range of the index, whose last name is filled up with the last character
+        last = query.name.ljust(MAX_NAME, "\U0010ffff")
+        statement = statement.where(Item.name.between(query.name, last))
+    return statement
+
+
+def following(query: Selection, last: ItemView) -> Selection:
+    """Return the query for what comes after *last*."""
+    key = "before" if query.order == "newest" else "after"
+    return msgspec.structs.replace(query, **{key: last.id})
+
+
+def next_link(query: Selection, last: ItemView) -> str:
+    """Return a Link (RFC 8288, 3) to the next page.
 
     The reference is relative to the request's own URL (RFC 3986, 5.2.2), as the client
     knows it: right behind any prefix and any proxy.
     """
-    return f'<?{urlencode({"limit": limit, "after": after})}>; rel="next"'
+    after = following(query, last)
+    fields = msgspec.structs.fields(Selection)
+    values = {field.name: getattr(after, field.name) for field in fields}
+    given = {
+        field.name: values[field.name] for field in fields if values[field.name] != field.default
+    }
+    return f'<?{urlencode(given)}>; rel="next"'
 
 
 def make_app(
@@ -212,22 +266,22 @@ def make_app(
     """Make the WSGI application that serves items.
 
     :param session: the registry in which handlers find the session of the request.
-    :param probe: called for ``/healthz``, in a thread of its own; it raises where the
-        database does not serve.  By default the database is not asked.
+    :param probe: called for ``/readyz``, in a thread of its own; it raises if the database
+        does not serve.  By default the database is not asked.
     :param max_body: bytes that a request's body may have; a longer one is a 413.
     """
-    items = Items(session)
+    items, health = Items(session), Health(probe)
     router = Router(max_body)
-    link = {"Link": 'The next page, if there is one: a relative reference with rel="next".'}
-    router.add("GET", "/", items.list, headers=link)
+    router.add("GET", "/", items.index)
     router.add("POST", "/", items.create)
-    router.add("GET", "/{id}", items.show, conditional=True)
-    router.add("PUT", "/{id}", items.replace, conditional=True)
-    router.add("PATCH", "/{id}", items.change, conditional=True)
-    router.add("DELETE", "/{id}", items.delete, conditional=True)
-    for pattern, name, kind in PAGE_FILES:
-        show = StaticFile(PAGE / name, kind).show
-        router.add("GET", pattern, show, media_type=kind, conditional=True, name=f"page_{kind[5:]}")
-    router.add("GET", "/healthz", Health(probe).show)
-    router.add("GET", "/openapi.json", Documentation(router).show, conditional=True)
+    router.add("GET", "/count", items.count)
+    router.add("GET", "/{id}", items.show, etag=True)
+    router.add("PUT", "/{id}", items.replace)  # no tag: it would name what the client sent
+    router.add("PATCH", "/{id}", items.change, etag=True)
+    router.add("DELETE", "/{id}", items.delete)
+    router.add("GET", "/livez", health.live)
+    router.add("GET", "/readyz", health.ready)
+    router.add("GET", "/healthz", health.ready)
+    for path, name, media_type in FILES:
+        router.add("GET", path, StaticFile(WEB / name, media_type).show, media_type=media_type)
     return router

@@ -31,9 +31,10 @@ from sqlalchemy import insert
 from sqlalchemy.orm import scoped_session, sessionmaker
 from waitress.server import create_server
 
-from models import Item, create_tables
+from models import Item
 from resources import ItemView, make_app
 from serve import create_app
+from web.database import create_tables
 from web.router import Router
 
 if TYPE_CHECKING:
@@ -50,14 +51,9 @@ COLOURS = {
 }
 
 
-class AlwaysOpen:
-    """A registry, as far as handlers know, whose session has one connection for ever."""
-
-    def __init__(self, engine: Any) -> None:
-        self.held = engine.connect()
-
-    def connection(self) -> Any:
-        return self.held
+def always_open(engine: Any) -> Any:
+    """Make a registry whose session begins once, and never ends."""
+    return scoped_session(sessionmaker(engine))
 
 
 def constant(url: str) -> Router:
@@ -85,8 +81,8 @@ STACKS: dict[str, Callable[[str], WSGIApplication]] = {
     "empty": lambda url: empty,
     "router": constant,
     "router, middleware": managed,
-    "reading": lambda url: make_app(AlwaysOpen(make_reader(url))),  # type: ignore[arg-type]
-    "writing": lambda url: make_app(AlwaysOpen(make_engine(url))),  # type: ignore[arg-type]
+    "reading": lambda url: make_app(always_open(make_reader(url))),
+    "writing": lambda url: make_app(always_open(make_engine(url))),
     "all": create_app,
 }
 

@@ -27,7 +27,8 @@ from counting import Player, count, request
 from sessionscope.engines import make_engine
 from sqlalchemy import insert
 
-from models import Item, create_tables
+from models import Item
+from web.database import create_tables
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication

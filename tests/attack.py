@@ -223,7 +223,8 @@ def huge_number(random: Random) -> Attack:
 @kind
 def wrong_value(random: Random) -> Attack:
     letters = "".join(random.choices("aé€😀'\"\\", k=random.choice([17, 100, 5000])))
-    names = ["", "\x00", "a\x00b", letters, 1, -1.5, None, True, [], {}, ["chair"]]
+    names: list[Any] = ["", " \t", "\u200b", "\x00", "a\x00b", "a\nb", letters]
+    names += [1, -1.5, None, True, [], {}, ["chair"]]
     keys = ["name ", "Name", "id", "__proto__", "__class__", "", "na\u0000me", "é" * 500]
     value: Any = random.choice(
         [
@@ -553,10 +554,10 @@ def creation(random: Random) -> Attack:
         "%s%(x)s:name",
         "${7*7}{{7*7}}",
         "<script>",
-        "\x01\x7f",
+        "\u202egnp.exe",
     ]
     other = "".join(chr(random.choice([0x20, 0xE9, 0x202E, 0xFFFF, 0x1F600])) for _ in range(16))
-    name = random.choice([*names, other])
+    name = random.choice([*names, f"{other[:15].strip()}."])
     data = request("POST", "/", body=json.dumps({"name": name}).encode())
     return Creation("creation", data, frozenset({200}), ours=True, name=name)
 

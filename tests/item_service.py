@@ -61,7 +61,7 @@ def service_at(url: str, **options: Any) -> Iterator[Service]:
     app = serve.create_app(url, **options)
     outside = make_engine(url)
     yield Service(app, TestApp(validator(app)), outside)
-    left = [engine.pool.checkedout() for engine in app.engines]  # type: ignore[attr-defined]
+    left = [engine.pool.checkedout() for engine in app.engines.values()]  # type: ignore[attr-defined]
     app.dispose()
     Base.metadata.drop_all(outside)
     outside.dispose()

@@ -15,7 +15,6 @@ import random
 import signal
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from collections import Counter
@@ -38,8 +37,6 @@ CLIENTS = 12
 
 KEYED = 6
 """Clients besides them that send a key, and repeat what they have no answer to."""
-
-SERVE_ONCE = [sys.executable, str(Path(__file__).with_name("serve_once.py"))]
 
 THREADS = 8
 """Requests that the service runs at once, and so its connections to the database."""
@@ -95,7 +92,7 @@ class Client:
             replayed = " replayed" if "Idempotent-Replayed" in response.headers else ""
             return Entry(name, "acknowledged", f"200{replayed}", content["id"])
         told = [each for each in ("Commit-Outcome", "Retry-After") if each in response.headers]
-        verdict: Verdict = "unknown" if told == ["Commit-Outcome"] else "refused"
+        verdict: Verdict = "unknown" if "Commit-Outcome" in told else "refused"
         return Entry(name, verdict, " ".join([str(response.status), *told]))
 
 
@@ -177,7 +174,7 @@ class Load:
 
 
 class Service:
-    """``serve_once.py`` as a process; nothing but `kill` starts it again, on the same port."""
+    """``serve.py`` as a process; nothing but `kill` starts it again, on the same port."""
 
     def __init__(self, *arguments: str) -> None:
         # A client who finds nobody at a port that is not held may be given it as its own.
@@ -198,8 +195,7 @@ class Service:
 
     def _start(self) -> None:
         self.stack = ExitStack()
-        served = serve(*self.arguments, program=SERVE_ONCE)
-        self.process: Process = self.stack.enter_context(served)
+        self.process: Process = self.stack.enter_context(serve(*self.arguments))
 
     def kill(self) -> None:
         """SIGKILL the process, and start another."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -80,12 +80,10 @@ def running(
         server.stderr.close()
 
 
-def serve(
-    *arguments: str, cwd: Path = ROOT, program: Sequence[str] = SERVE, **environ: str
-) -> AbstractContextManager[Process]:
-    """Run ``python serve.py`` on a free port, or a *program* that takes its place."""
+def serve(*arguments: str, cwd: Path = ROOT, **environ: str) -> AbstractContextManager[Process]:
+    """Run ``python serve.py`` on a free port."""
     listening = r"serving on http://127\.0\.0\.1:(\d+)"
-    command = [*program, "--listen", "127.0.0.1:0", *arguments]
+    command = [*SERVE, "--listen", "127.0.0.1:0", *arguments]
     return running(*command, port_in=listening, cwd=cwd, environ=environ)
 
 

@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session, scoped_session
 from waitress import wasyncore
 from waitress.server import create_server
 
-from models import Base, Item, create_tables
+from models import Base, Item
+from web.database import create_tables
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

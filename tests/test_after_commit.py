@@ -21,7 +21,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import Server, environ, names, refuse_commit, serve_once, text
 
-from models import Item, create_tables
+from models import Item
+from web.database import create_tables
 
 Registry = scoped_session[Session]
 

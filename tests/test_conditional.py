@@ -97,9 +97,14 @@ def test_what_the_client_has_is_not_sent_again(
     """GET and HEAD if none of these tags matches is a 304 with the tag, where one does."""
     service.client.post("/")
     tag = tag_of(service)
-    reply = service.send(method, "/1", HTTP_IF_NONE_MATCH=condition.format(tag))
+    given: dict[str, Any] = {"HTTP_IF_NONE_MATCH": condition.format(tag), "HTTP_X_REQUEST_ID": "x"}
+    reply = service.send(method, "/1", **given)
     assert (reply.status, reply.content) == ("304 Not Modified", b"")
-    assert dict(reply.headers) == {"ETag": tag, "Cache-Control": "no-cache"}
+    assert dict(reply.headers) == {
+        "ETag": tag,
+        "Cache-Control": "no-cache",
+        "X-Request-Id": "x",
+    }
 
 
 @pytest.mark.parametrize("condition", [OTHER, "W/" + OTHER, "", "{bare}", "**", '"*"', "w/{tag}x"])
@@ -151,7 +156,7 @@ def test_a_change_of_something_else_is_refused(
     condition = condition.format(tag_of(service))
     reply = service.send(method, "/1", body, HTTP_IF_MATCH=condition)
     assert reply.status == "412 Precondition Failed"
-    assert reply.content == b'{"error": "a precondition of the request does not hold"}'
+    assert reply.content == b'{"error": "a precondition of the request does not hold"}\n'
     assert service.rows() == [(1, "Item #1")]
 
 

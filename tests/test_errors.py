@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import item_service
@@ -11,12 +12,22 @@ import pytest
 from item_service import Service, service_at
 from sessionscope import CommitOutcomeUnknown, engines
 from sessionscope.engines import make_engine
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, insert
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    Constraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Integer,
+    MetaData,
+    Table,
+    UniqueConstraint,
+    insert,
+)
 from sqlalchemy import text as sql
-from sqlalchemy.exc import IntegrityError
 from support import Server, environ, serve_once
 
-from models import Base, Item
+from models import NAME, Base, Item
 from web.errors import errors_as_json
 
 if TYPE_CHECKING:
@@ -28,7 +39,7 @@ memory_url, service, any_service = (
     item_service.any_service,
 )
 
-INTERNAL = rb'\{"error": "internal server error", "id": "([0-9a-f]{8})"\}'
+INTERNAL = rb'\{"error": "internal server error", "id": "([0-9a-f]{8})"\}\n'
 
 
 def raising(error: Exception) -> WSGIApplication:
@@ -50,6 +61,7 @@ def test_an_unexpected_error_tells_nothing(
     assert answer.content_type == "application/json"
     found = re.fullmatch(INTERNAL, answer.body)
     assert found is not None
+    assert answer.headers["X-Request-Id"] == found[1].decode()
     (record,) = (record for record in caplog.records if record.name == "items")
     assert record.levelno == logging.ERROR
     assert record.getMessage() == f"{method} '{path}' failed, id {found[1].decode()}"
@@ -60,7 +72,11 @@ def test_an_unexpected_error_tells_nothing(
 def test_an_unexpected_error_of_head_has_no_body(service: Service) -> None:
     """The 500 that answers HEAD has the headers of the one for GET, and no body."""
     Base.metadata.drop_all(service.outside)
-    got, head = (service.client.request("/", method=name, status=500) for name in ("GET", "HEAD"))
+    same = {"X-Request-Id": "same"}
+    got, head = (
+        service.client.request("/", method=name, headers=same, status=500)
+        for name in ("GET", "HEAD")
+    )
     assert head.headers == got.headers
     assert head.body == b""
 
@@ -92,8 +108,17 @@ def test_an_unknown_outcome_is_told(caplog: pytest.LogCaptureFixture) -> None:
     headers = dict(reply.headers)
     assert headers["Commit-Outcome"] == "unknown"
     assert "Retry-After" not in headers
-    assert b"it may have been done, or not" in reply.content
+    assert b"it may have been done, or not; look before you repeat it" in reply.content
     assert caplog.records[0].exc_info is not None
+
+
+def test_a_repeat_with_its_key_is_safe() -> None:
+    """A client whose request had a key is told to repeat it with that."""
+    app = raising(CommitOutcomeUnknown("the connection is lost"))
+    reply = serve_once(app, environ("POST", HTTP_IDEMPOTENCY_KEY="one"))
+    assert dict(reply.headers)["Commit-Outcome"] == "unknown"
+    assert dict(reply.headers)["Retry-After"] == "1"
+    assert b"repeat it with the same Idempotency-Key" in reply.content
 
 
 def test_a_database_that_is_busy_is_no_error_of_ours(
@@ -110,21 +135,41 @@ def test_a_database_that_is_busy_is_no_error_of_ours(
         assert service.client.post("/").json["id"] == 2
 
 
-def test_a_conflict_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """What the database refuses because of other data is a 409 that shows none of it."""
-    reply = serve_once(raising(IntegrityError("INSERT", {}, Exception("secret"))))
-    assert reply.status == "409 Conflict"
-    assert reply.content == b'{"error": "conflict with what is stored"}'
+RULES: dict[str, tuple[Callable[[], Column[Any] | Constraint], int]] = {
+    "unique": (lambda: UniqueConstraint("name"), 409),
+    "foreign-key": (lambda: ForeignKeyConstraint(["name"], ["allowed.name"]), 409),
+    "check": (lambda: CheckConstraint("name <> 'chair'"), 500),
+    "not-null": (lambda: Column("colour", Integer, nullable=False), 500),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_other_data_is_a_conflict(rule: str, any_url: str) -> None:
+    """A violated unique or foreign key is a 409 that shows no data; other rules are our mistake."""
+    make, status = RULES[rule]
+    metadata = MetaData()
+    Table("allowed", metadata, Column("name", NAME, primary_key=True))
+    id = Column("id", Integer, primary_key=True)
+    Table("items", metadata, id, Column("name", NAME), make())
+    with service_at(any_url) as service:
+        Base.metadata.drop_all(service.outside)
+        metadata.create_all(service.outside)
+        service.client.post_json("/", {"name": "chair"}, status="*")
+        answer = service.client.post_json("/", {"name": "chair"}, status=status)
+        metadata.drop_all(service.outside)
+    assert answer.json["error"] == (
+        "conflict with what is stored" if status == 409 else "internal server error"
+    )
 
 
 @pytest.mark.parametrize("any_url", ["sqlite", "postgresql"], indirect=True)
 def test_a_conflict_at_commit_is_told(any_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """Where the database refuses COMMIT the client gets a 409, never a 200, and no row stays."""
     metadata = MetaData()
-    Table("allowed", metadata, Column("name", String(16), primary_key=True))
+    Table("allowed", metadata, Column("name", NAME, primary_key=True))
     reference = ForeignKey("allowed.name", deferrable=True, initially="DEFERRED")
     id = Column("id", Integer, primary_key=True)
-    Table("items", metadata, id, Column("name", String(16), reference))
+    Table("items", metadata, id, Column("name", NAME, reference))
     engine = make_engine(any_url)
     metadata.create_all(engine)
     try:

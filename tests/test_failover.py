@@ -31,7 +31,8 @@ from sqlalchemy import text as sql
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import PATIENCE, Answer, environ, fetch, serve_once, text
 
-from models import Base, Item, create_tables
+from models import Base, Item
+from web.database import create_tables
 
 pytestmark = pytest.mark.long
 

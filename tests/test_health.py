@@ -1,4 +1,4 @@
-"""``/healthz``: whether the database serves, told at once."""
+"""``/livez`` and ``/readyz``: whether the process and its database serve, told at once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from web.router import Router
 
 def application(probe: Callable[[], object], patience: float = PATIENCE) -> Router:
     router = Router()
-    router.add("GET", "/healthz", Health(probe, patience).show)
+    health = Health(probe, patience)
+    router.add("GET", "/livez", health.live)
+    router.add("GET", "/readyz", health.ready)
     return router
 
 
-def ask(app: Router, method: str = "GET") -> Reply:
-    return serve_once(app, environ(method, "/healthz"))
+def ask(app: Router, method: str = "GET", path: str = "/readyz") -> Reply:
+    return serve_once(app, environ(method, path))
 
 
 class Probe:
@@ -52,18 +54,29 @@ def probe() -> Iterator[Probe]:
 def test_a_database_that_serves_is_well() -> None:
     """While the probe returns the answer is 200."""
     reply = ask(application(lambda: None))
-    assert (reply.status, reply.content) == ("200 OK", b'{"status": "ok"}')
+    assert (reply.status, reply.content) == ("200 OK", b'{"status": "ok"}\n')
 
 
-def test_the_service_has_it() -> None:
-    """The service answers /healthz by the probe that it is given."""
+@pytest.mark.parametrize("path", ["/readyz", "/healthz"])
+def test_the_service_has_it(path: str) -> None:
+    """The service answers /readyz, and /healthz as before, by the probe that it is given."""
 
     def fail() -> None:
         raise ConnectionError
 
     session = scoped_session(sessionmaker())
-    assert ask(make_app(session, probe=lambda: None)).status == "200 OK"
-    assert ask(make_app(session, probe=fail)).status == "503 Service Unavailable"
+    assert ask(make_app(session, probe=lambda: None), path=path).status == "200 OK"
+    assert ask(make_app(session, probe=fail), path=path).status == "503 Service Unavailable"
+
+
+def test_the_process_lives_without_its_database() -> None:
+    """/livez is a 200 whatever the probe says, and does not run it."""
+
+    def fail() -> None:
+        raise AssertionError("the probe was run")
+
+    reply = ask(application(fail), path="/livez")
+    assert (reply.status, reply.content) == ("200 OK", b'{"status": "ok"}\n')
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -76,7 +89,7 @@ def test_a_database_that_fails_is_told(method: str, caplog: pytest.LogCaptureFix
     reply = ask(application(fail), method)
     assert reply.status == "503 Service Unavailable"
     assert dict(reply.headers)["Retry-After"] == "1"
-    content = b'{"error": "the database does not serve: ConnectionError"}'
+    content = b'{"error": "the database does not serve: ConnectionError"}\n'
     assert reply.content == (content if method == "GET" else b"")
     assert "no such host: secret" in caplog.text
 
@@ -85,7 +98,7 @@ def test_a_database_that_hangs_keeps_nobody_waiting(probe: Probe) -> None:
     """A probe that does not return in time is a 503 that says how long it had."""
     reply = ask(application(probe, patience=0.05))
     assert reply.status == "503 Service Unavailable"
-    assert reply.content == b'{"error": "the database did not answer within 0.05 s"}'
+    assert reply.content == b'{"error": "the database did not answer within 0.05 s"}\n'
     assert not probe.released.is_set()
 
 
@@ -115,5 +128,5 @@ def test_a_database_that_comes_back_is_well(probe: Probe) -> None:
     (thread,) = (each for each in threading.enumerate() if each.name == "health")
     thread.join(PATIENCE)
     calls = probe.calls
-    assert ask(app).content == b'{"status": "ok"}'
+    assert ask(app).content == b'{"status": "ok"}\n'
     assert probe.calls == calls + 1

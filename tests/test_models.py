@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sqlite3
 import subprocess
@@ -26,7 +27,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import PATIENCE, environ, names, serve_once, text
 
 import models
-from models import Item, create_tables, make_probe
+from models import Item
+from web.database import WrongTable, check_tables, create_tables, make_probe
 
 Registry = scoped_session[Session]
 
@@ -393,23 +395,95 @@ def test_a_mistake_is_not_unavailable(any_engine: Engine) -> None:
 
 
 def test_a_probe_of_what_serves_is_silent(any_engine: Engine, any_url: str) -> None:
-    """A probe returns as long as the items can be read."""
-    make_probe(any_url)()
-    make_probe("sqlite://")()
+    """A probe returns as long as items can be read and written, and leaves none."""
+    probe = make_probe(make_url(any_url), make_url(any_url))
+    for _ in range(2):
+        probe()
+    make_probe(make_url("sqlite://"))()
+    assert names(any_engine) == []
+
+
+def test_a_probe_uses_no_id(any_engine: Engine, any_url: str) -> None:
+    """The item that is created after a probe has the id that it would have had without."""
+    make_probe(make_url(any_url))()
+    with any_engine.begin() as connection:
+        assert connection.execute(item("first")).inserted_primary_key == (1,)
 
 
 def test_a_probe_waits_for_no_writer(engine: Engine, sqlite_url: str) -> None:
-    """While another one writes, a probe returns all the same."""
+    """While another one writes to a SQLite file, a probe returns all the same."""
     with engine.begin() as connection:
         connection.execute(item("new"))
-        make_probe(sqlite_url)()
+        make_probe(make_url(sqlite_url))()
 
 
 def test_a_probe_tells_what_is_wrong(tmp_path: Path) -> None:
     """A probe raises where the table, the file or the server is not there."""
     for url in (f"sqlite:///{tmp_path}/empty.db", "postgresql://x@127.0.0.1:1/x"):
         with pytest.raises(OperationalError):
-            make_probe(url)()
+            make_probe(make_url(url))()
+
+
+def test_a_probe_reads_where_requests_read(engine: Engine, sqlite_url: str) -> None:
+    """A probe raises where the reader is not there, although items can be written."""
+    reader = make_url("postgresql://x@127.0.0.1:1/x")
+    with pytest.raises(OperationalError):
+        make_probe(make_url(sqlite_url), reader)()
+
+
+def test_a_table_without_a_column_is_not_ready(any_engine: Engine, any_url: str) -> None:
+    """A probe raises where the table lacks a column that the service uses."""
+    with any_engine.begin() as connection:
+        connection.execute(sql("DROP INDEX ix_items_name" + ON.get(any_engine.dialect.name, "")))
+        connection.execute(sql("ALTER TABLE items DROP COLUMN name"))
+    with pytest.raises(DBAPIError):
+        make_probe(make_url(any_url))()
+
+
+ON = {"mariadb": " ON items"}
+
+
+@pytest.mark.parametrize("any_url", ["postgresql"], indirect=True)
+def test_a_server_that_only_reads_is_not_ready(any_engine: Engine, any_url: str) -> None:
+    """A probe raises where the server takes no writes, although items can be read."""
+    with any_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sql("ALTER DATABASE postgres SET default_transaction_read_only = on"))
+        try:
+            with pytest.raises(DBAPIError, match="read-only"):
+                make_probe(make_url(any_url))()
+        finally:
+            connection.execute(sql("ALTER DATABASE postgres RESET default_transaction_read_only"))
+    make_probe(make_url(any_url))()
+
+
+FULL = """
+import resource, signal, sys
+from sqlalchemy import make_url
+from web.database import make_probe
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+probe = make_probe(make_url(sys.argv[1]))
+probe()
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+try:
+    probe()
+except Exception as error:
+    print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+"""
+
+
+def test_a_full_disk_is_not_ready(engine: Engine, sqlite_url: str) -> None:
+    """A probe raises where the file cannot grow, although items can be read."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, sqlite_url],
+        cwd=Path(models.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("OperationalError\n", "")
 
 
 # Tables.
@@ -456,6 +530,81 @@ def test_postgresql_makes_tables_once(postgresql_url: str) -> None:
         finally:
             waited.set()
             models.Base.metadata.drop_all(second)
+
+
+def test_a_table_that_fits_is_accepted(any_engine: Engine) -> None:
+    """The tables that the service makes are those of its model."""
+    check_tables(any_engine)
+
+
+def test_a_table_that_is_missing_is_named(any_url: str) -> None:
+    """A database without the table is refused, where the service may not make it."""
+    with engine_for(any_url) as engine, pytest.raises(WrongTable, match="is no table items; run"):
+        check_tables(engine)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("ALTER TABLE items DROP COLUMN name", "the column items.name is missing"),
+        (
+            "ALTER TABLE items ADD COLUMN price INTEGER NOT NULL",
+            "the column items.price must be filled in, and the service does not know it",
+        ),
+        ("ALTER TABLE items ADD COLUMN price INTEGER NOT NULL DEFAULT 0", ""),
+        ("ALTER TABLE items ADD COLUMN price INTEGER", ""),
+    ],
+)
+def test_a_difference_is_named(change: str, words: str, any_engine: Engine) -> None:
+    """A table that the service cannot use is refused by name, with what to do about it."""
+    name = any_engine.dialect.name
+    with any_engine.begin() as connection:
+        connection.execute(sql("DROP INDEX ix_items_name" + ON.get(name, "")))
+        if name == "sqlite" and change.endswith("NOT NULL"):  # it cannot add such a column
+            connection.execute(sql("DROP TABLE items"))
+            change = "CREATE TABLE items (id INTEGER PRIMARY KEY, name TEXT, price INT NOT NULL)"
+        connection.execute(sql(change))
+    if not words:
+        check_tables(any_engine)
+        return
+    with pytest.raises(WrongTable) as caught:
+        check_tables(any_engine)
+    assert str(caught.value).startswith(words)
+    assert "alembic upgrade head" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("name VARCHAR(8)", "name has 8 characters, not 16"),
+        ("name INTEGER", "name is INTEGER, not VARCHAR(16)"),
+        ("name TEXT", ""),
+    ],
+)
+def test_another_type_is_named(column: str, words: str, tmp_path: Path) -> None:
+    """A column of another kind, or one that is too short, is refused; a wider one is not."""
+    with engine_for(f"sqlite:///{tmp_path}/items.db") as engine:
+        with engine.begin() as connection:
+            connection.execute(sql(f"CREATE TABLE items (id INTEGER PRIMARY KEY, {column})"))
+        create_tables(engine)
+        if words:
+            with pytest.raises(WrongTable, match=re.escape(words)):
+                check_tables(engine)
+        else:
+            check_tables(engine)
+
+
+def test_another_collation_is_named(postgresql_url: str) -> None:
+    """A column that is not compared by code point is refused: a search would miss names."""
+    with engine_for(postgresql_url) as engine:
+        with engine.begin() as connection:
+            connection.execute(sql("CREATE TABLE items (id SERIAL PRIMARY KEY, name VARCHAR(16))"))
+        create_tables(engine)
+        try:
+            with pytest.raises(WrongTable, match="name has the collation None, not C"):
+                check_tables(engine)
+        finally:
+            models.Base.metadata.drop_all(engine)
 
 
 # The reader under the middleware.

@@ -173,7 +173,7 @@ def test_a_file_touches_no_database(path: str, service: Service) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("a connection was taken")
 
-    for engine in service.app.engines:  # type: ignore[attr-defined]
+    for engine in service.app.engines.values():  # type: ignore[attr-defined]
         event.listen(engine, "checkout", fail)
     for method in ("GET", "HEAD"):
         assert service.send(method, path, HTTP_ACCEPT=BROWSER).status == "200 OK"
@@ -207,7 +207,7 @@ def test_the_page_is_below_its_prefix(
 def test_json_needs_no_slash(service: Service) -> None:
     """A client of the JSON is answered under the prefix itself."""
     request = environ("GET", "", SCRIPT_NAME="/shop")
-    assert serve_once(service.app, request).content == b'{"items": []}'
+    assert serve_once(service.app, request).content == b'{"items": []}\n'
 
 
 def test_the_page_works_below_a_prefix(service: Service) -> None:

@@ -333,7 +333,9 @@ def test_the_words_of_the_service_are_shown(visit: Visit, outside: Engine) -> No
     with visit(allowed=["422"]) as visitor:
         visitor.field.evaluate("(field) => { field.value = 'a\\0b'; }")
         visitor.button("Add").click()
-        expect(visitor.page.locator("#add").get_by_role("alert")).to_contain_text("$.name")
+        expect(visitor.page.locator("#add").get_by_role("alert")).to_contain_text(
+            "no control characters"
+        )
     assert names(outside) == []
 
 

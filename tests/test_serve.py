@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sessionscope
+from databases import Node, free_port, until
+from item_service import service_at
 from processes import ROOT, SERVE, Client, Process, create_many, listed, running, send, serve
+from prometheus_client.parser import text_string_to_metric_families
 from sessionscope.engines import make_engine
-from support import PATIENCE, names
+from sqlalchemy import insert
+from support import PATIENCE, fetch, names, serve_once
 
-from models import Base
+from models import Base, Item
+from serve import create_app
+from web.database import create_tables
+from web.options import make_parser
 
 
 @pytest.fixture
@@ -39,22 +49,63 @@ def fresh_url(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_the_transcripts_come_true(fresh_url: str) -> None:
     """A client gets each answer exact to the byte, all of them on one connection."""
     with serve("--database-url", fresh_url) as server, Client(server) as client:
-        assert client.send("GET", "/") == (200, b'{"items": []}')
-        assert client.send("POST", "/") == (200, b'{"id": 1, "name": "Item #1"}')
-        assert client.send("GET", "/1") == (200, b'{"id": 1, "name": "Item #1"}')
+        assert client.send("GET", "/") == (200, b'{"items": []}\n')
+        assert client.send("POST", "/") == (200, b'{"id": 1, "name": "Item #1"}\n')
+        assert client.send("GET", "/1") == (200, b'{"id": 1, "name": "Item #1"}\n')
         assert client.send("HEAD", "/1") == (200, b"")
-        assert client.send("GET", "/2") == (404, b'{"error": "not found"}')
-        assert client.send("POST", "/", b'{"name": "chair"}') == (
+        assert client.send("GET", "/2") == (404, b'{"error": "not found"}\n')
+        assert client.send("POST", "/", b'{"name": "chair"}\n') == (
             200,
-            b'{"id": 2, "name": "chair"}',
+            b'{"id": 2, "name": "chair"}\n',
         )
         assert client.send("POST", "/", b'{"name": 1}')[0] == 422
-        assert client.send("GET", "/2") == (200, b'{"id": 2, "name": "chair"}')
+        assert client.send("GET", "/2") == (200, b'{"id": 2, "name": "chair"}\n')
 
 
-def test_the_log_shows_commits_and_rollbacks(sqlite_url: str) -> None:
-    """The log has each commit and rollback, with method, path and status."""
+LINE = r"""
+    INFO\ items\.access:\ 127\.0\.0\.1\ "(?P<request>.*)"\ (?P<status>\d+)\ (?P<bytes>\d+)
+    \ [\d.]+\ ms\ (?P<session>\w+)\ attempts=(?P<attempts>\d)\ id=(?P<id>\S+)
+"""
+
+
+def test_the_log_has_a_line_for_each_request(sqlite_url: str) -> None:
+    """Who asked for what, what was sent, and what became of the session; not at DEBUG only."""
     with serve("--database-url", sqlite_url) as server, Client(server) as client:
+        for method, path in [
+            ("POST", "/"),
+            ("GET", "/1?x=%22"),
+            ("HEAD", "/1"),
+            ("GET", "/2"),
+            ("OPTIONS", "/"),
+        ]:
+            client.send(method, path)
+    lines = [found.groups()[:5] for found in re.finditer(LINE, server.log, re.VERBOSE)]
+    assert lines == [
+        ("POST / HTTP/1.1", "200", "29", "commit", "1"),
+        ("GET /1?x=%22 HTTP/1.1", "200", "29", "commit", "1"),
+        ("HEAD /1 HTTP/1.1", "200", "0", "commit", "1"),
+        ("GET /2 HTTP/1.1", "404", "23", "rollback", "1"),
+        ("OPTIONS / HTTP/1.1", "204", "0", "none", "1"),
+    ]
+    assert "DEBUG" not in server.log
+
+
+def test_the_log_counts_what_is_streamed(sqlite_url: str) -> None:
+    """The line of a stream comes at its end, with all its bytes."""
+    engine = make_engine(sqlite_url)
+    create_tables(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(Item), [{"name": "lamp"}] * 1600)
+    engine.dispose()
+    with serve("--database-url", sqlite_url) as server:
+        _, content = send(server, "GET", "/")
+    assert f" 200 {len(content)} " in server.log
+
+
+def test_the_log_can_show_commits_and_rollbacks(sqlite_url: str) -> None:
+    """At DEBUG the log has each commit and rollback, with method, path and status."""
+    command = ("--database-url", sqlite_url, "--log-level", "debug")
+    with serve(*command) as server, Client(server) as client:
         for method, path in (("POST", "/"), ("GET", "/1"), ("GET", "/2"), ("OPTIONS", "/")):
             client.send(method, path)
     assert re.findall(r"DEBUG sessionscope: (.*)", server.log) == [
@@ -65,11 +116,26 @@ def test_the_log_shows_commits_and_rollbacks(sqlite_url: str) -> None:
     ]
 
 
-def test_the_log_can_be_quiet(sqlite_url: str) -> None:
-    """--log-level info leaves commits and rollbacks out of the log."""
-    with serve("--database-url", sqlite_url, "--log-level", "info") as server:
-        send(server, "POST", "/")
-    assert "sessionscope" not in server.log
+def test_the_log_can_be_json(sqlite_url: str) -> None:
+    """With --log-format json each line is an object; that of a request has its fields."""
+    command = ("--database-url", sqlite_url, "--log-format", "json")
+    with serve(*command) as server, Client(server) as client:
+        client.send("POST", "/")
+        server.process.terminate()
+        server.process.wait(PATIENCE)
+    records = [json.loads(line) for line in server.log.splitlines()]
+    (line,) = (record for record in records if record["logger"] == "items.access")
+    assert line["level"] == "INFO"
+    assert line["client"] == "127.0.0.1"
+    assert (line["request"], line["status"], line["session"]) == (
+        "POST / HTTP/1.1",
+        "200",
+        "commit",
+    )
+    assert (line["bytes"], line["attempts"]) == (29, 1)
+    assert line["ms"] > 0
+    assert line["id"]
+    assert f'"{line["request"]}" 200 29' in line["message"]
 
 
 def test_kill_and_restart_keep_the_items(sqlite_url: str) -> None:
@@ -112,7 +178,7 @@ def test_the_limit_of_a_body_can_be_set(how: str) -> None:
     body = b'{"name": "chair"}'
     with serve("--database-url", "sqlite://", "--max-body", "16") as server:
         answer = send(server, "POST", "/", body if how == "sized" else iter([body]))
-        assert answer == (413, b'{"error": "a body may have at most 16 bytes"}')
+        assert answer == (413, b'{"error": "a body may have at most 16 bytes"}\n')
         assert listed(server) == []
 
 
@@ -129,20 +195,175 @@ def test_help_tells_options_and_defaults() -> None:
     """--help names each option with its default."""
     done = subprocess.run([*SERVE, "--help"], capture_output=True, text=True, check=True)
     shown = " ".join(done.stdout.split())
-    for word in (
-        "--database-url URL",
-        "$DATABASE_URL, or sqlite:///items.db",
-        "--listen HOST:PORT",
-        "default: 127.0.0.1:8080",
-        "--threads N",
+    for words in (
+        "--database-url URL a SQLAlchemy URL (default: sqlite:///items.db)",
         "--reader-url URL",
+        "--create-tables, --no-create-tables",
+        "--wait N seconds to wait for the database (default: 0)",
+        "--listen HOST:PORT",
+        "(default: 127.0.0.1:8080)",
+        "--threads N",
         "--max-body N bytes that a request's body may have (default: 65536)",
         "--connections N",
         "--idle-timeout N",
         "--stop-timeout N",
-        "--log-level L",
+        "--trusted-proxy IP",
+        "--cors-origins URLS",
+        "--log-level {debug,info,warning,error}",
+        "--log-format {text,json}",
+        "--metrics, --no-metrics",
+        "LOG_LEVEL stands for --log-level",
     ):
-        assert word in shown
+        assert words in shown
+
+
+def test_the_version_is_told() -> None:
+    """--version tells the version of the library, which is the service's, too."""
+    done = subprocess.run([*SERVE, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"sessionscope {sessionscope.__version__}\n"
+
+
+def test_each_option_may_be_a_variable(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command line does not say comes from the environment, by the option's name."""
+    for flag, value in {
+        "DATABASE_URL": sqlite_url,
+        "READER_URL": "sqlite://",
+        "CREATE_TABLES": "no",
+        "WAIT": "3",
+        "LISTEN": "9000",
+        "THREADS": "3",
+        "LOG_FORMAT": "json",
+        "METRICS": "yes",
+        "CORS_ORIGINS": "https://a.example https://b.example",
+    }.items():
+        monkeypatch.setenv(flag, value)
+    options = make_parser().parse_args(["--threads", "4"])
+    assert (options.database_url, options.reader_url) == (sqlite_url, "sqlite://")
+    assert (options.create_tables, options.wait, options.metrics) == (False, 3, True)
+    assert (options.listen, options.threads) == ("127.0.0.1:9000", 4)
+    assert options.log_format == "json"
+    assert options.cors_origins.split() == ["https://a.example", "https://b.example"]
+
+
+def test_a_wrong_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value from the environment is checked as one from the command line is."""
+    monkeypatch.setenv("THREADS", "many")
+    done = refused()
+    assert done.returncode == 2
+    assert "argument --threads: 'many' is not a number above zero" in done.stderr
+
+
+@pytest.mark.parametrize("given", ["{port}", ":{port}", "127.0.0.1:{port}", "localhost:{port}"])
+def test_where_to_listen_can_be_said_in_many_ways(given: str) -> None:
+    """A port alone, or after a colon, is one of loopback."""
+    port = free_port()
+    with serve("--database-url", "sqlite://", "--listen", given.format(port=port)) as server:
+        assert server.port == port
+        assert send(server, "GET", "/livez")[0] == 200
+
+
+def test_it_listens_on_a_socket_file(tmp_path: Path) -> None:
+    """``unix:/path`` is a socket in the file system, for a proxy of the same group."""
+    path = tmp_path / "items-1.sock"
+    command = [*SERVE, "--database-url", "sqlite://", "--listen", f"unix:{path}"]
+    with running(*command, port_in=r"serving on unix:\S+/items-(\d)\.sock"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(path))
+            client.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+            assert b'{"status": "ok"}' in client.makefile("rb").read()
+        assert path.stat().st_mode & 0o777 == 0o660
+
+
+def test_it_waits_for_its_database(postgresql_node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    """With --wait the service starts when the database does, and says what it waits for."""
+    caplog.set_level("INFO", "items")
+    postgresql_node.stop()
+    with ThreadPoolExecutor() as threads:
+        starting = threads.submit(create_app, postgresql_node.url, wait=60)
+        until(lambda: "waiting for the database: " in caplog.text, "the service to wait")
+        postgresql_node.start()
+        app = starting.result(PATIENCE)
+    assert serve_once(app).content == b'{"items": []}\n'
+    Base.metadata.drop_all(app.engines["writer"])
+    app.dispose()
+
+
+def test_tables_may_be_made_by_somebody_else(fresh_url: str) -> None:
+    """With --no-create-tables a table that is missing is told, and one that is there is used."""
+    command = ("--database-url", fresh_url, "--no-create-tables")
+    done = refused(*command)
+    assert done.returncode == 2
+    assert "there is no table items; run `alembic upgrade head`" in done.stderr
+    engine = make_engine(fresh_url)
+    create_tables(engine)
+    engine.dispose()
+    with serve(*command) as server:
+        assert send(server, "GET", "/") == (200, b'{"items": []}\n')
+
+
+def test_keys_can_be_deleted(fresh_url: str) -> None:
+    """--purge-keys deletes the idempotency keys that are older than so many days, and exits."""
+    with service_at(fresh_url) as service:
+        service.send("POST", "/", HTTP_IDEMPOTENCY_KEY="one")
+        kept = refused("--database-url", fresh_url, "--purge-keys", "1")
+        assert (kept.returncode, kept.stdout + kept.stderr) == (0, "0 idempotency keys deleted\n")
+        gone = refused("--database-url", fresh_url, "--purge-keys", "0")
+        assert (gone.returncode, gone.stdout + gone.stderr) == (0, "1 idempotency keys deleted\n")
+        assert service.rows() == [(1, "Item #1")]
+
+
+def test_it_counts_for_prometheus(sqlite_url: str) -> None:
+    """With --metrics requests, outcomes, attempts, seconds and the pools' use are numbers."""
+    with serve("--database-url", sqlite_url, "--metrics") as server:
+        for method, path in [("POST", "/"), ("GET", "/1"), ("GET", "/2"), ("BREW", "/1")]:
+            send(server, method, path)
+        answer = fetch(server.port, "GET", "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    numbers = {
+        sample.name + "".join(sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.content.decode())
+        for sample in family.samples
+    }
+    assert numbers["items_requests_totalPOST200"] == 1
+    assert numbers["items_requests_totalGET404"] == 1
+    assert numbers["items_requests_totalother405"] == 1
+    assert numbers["items_sessions_totalcommit"] == 2
+    assert numbers["items_sessions_totalrollback"] == 1
+    assert numbers["items_sessions_totalnone"] == 1
+    assert numbers["items_repeated_attempts_total"] == 0
+    assert numbers["items_request_seconds_count"] == 4
+    assert numbers["items_pool_connectionswriter"] == 0
+    assert numbers["items_pool_sizereader"] == 8
+
+
+WITHOUT_IT = """
+import sys
+sys.modules["prometheus_client"] = None
+sys.argv[1:] = ["--metrics", "--database-url", "sqlite://"]
+import serve
+serve.main()
+"""
+
+
+def test_metrics_need_their_library() -> None:
+    """Where prometheus-client is not installed --metrics says how to get it."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_IT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "serve.py: --metrics: " in done.stderr
+    assert "pip install -e '.[app]'" in done.stderr
+
+
+def test_there_are_no_metrics_by_default(sqlite_url: str) -> None:
+    """Without --metrics nobody outside learns how much is going on."""
+    with serve("--database-url", sqlite_url) as server:
+        assert send(server, "GET", "/metrics")[0] == 404
 
 
 def refused(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -152,25 +373,31 @@ def refused(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-NOT_A_DATABASE = "serve.py: the database cannot be used: "
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--database-url", "items.db"], NOT_A_DATABASE + "Could not parse"),
-        (["--database-url", "nonsense://"], NOT_A_DATABASE + "Can't load plugin"),
-        (["--database-url", "mssql+pyodbc://x"], NOT_A_DATABASE + "No module named 'pyodbc'"),
-        (["--database-url", "postgresql://h:x/d"], NOT_A_DATABASE + "invalid literal"),
-        (["--database-url", "postgresql://u:secret@127.0.0.1:1/d"], "Connection refused"),
+        (["--database-url", "items.db"], "--database-url: Could not parse"),
+        (["--database-url", "items.db"], "a URL looks like sqlite:///items.db or postgresql://"),
+        (["--database-url", "nonsense://"], "must begin with sqlite:, postgresql: or mariadb:"),
+        (["--database-url", "mssql+pyodbc://x"], "run: pip install pyodbc"),
+        (["--database-url", "postgresql://h:x/d"], "--database-url: invalid literal"),
+        (
+            ["--database-url", "postgresql://u:secret@127.0.0.1:1/d"],
+            "cannot use the database postgresql://u:***@127.0.0.1:1/d (--database-url): ",
+        ),
+        (["--database-url", "postgresql://u:secret@127.0.0.1:1/d"], "With --wait 30 the service"),
         (["--database-url", "mysql://u:secret@127.0.0.1:1/d"], "Connection refused"),
-        (["--database-url", "mysql://127.0.0.1:1/d?bad=1"], NOT_A_DATABASE + "Connection"),
-        (["--database-url", "sqlite:////no/such/folder/x"], "unable to open database file"),
+        (["--database-url", "mysql://127.0.0.1:1/d?bad=1"], "unexpected keyword argument 'bad'"),
+        (["--database-url", "sqlite:////no/such/folder/x"], "sqlite:////no/such/folder/x (--data"),
+        (["--database-url", "sqlite:////no/such/folder/x"], "its folder must be there, and be"),
         (["--database-url", f"sqlite:///{__file__}"], "file is not a database"),
-        (["--listen", "8080"], "argument --listen: '8080' is not HOST:PORT"),
+        (["--reader-url", "replica"], "--reader-url: Could not parse"),
+        (["--listen", "nowhere"], "'nowhere' is not HOST:PORT, PORT or unix:/PATH"),
         (["--listen", "127.0.0.1:http"], "'127.0.0.1:http' is not HOST:PORT"),
         (["--listen", "127.0.0.1:65536"], "'127.0.0.1:65536' is not HOST:PORT"),
+        (["--listen", "unix:items.sock"], "'unix:items.sock' is not HOST:PORT"),
         (["--listen", "no.such.host.invalid:0"], "cannot listen on no.such.host.invalid:0"),
+        (["--wait", "long"], "argument --wait: 'long' is not a number"),
         (["--threads", "0"], "argument --threads: '0' is not a number above zero"),
         (["--threads", "many"], "argument --threads: 'many' is not a number above zero"),
         (["--max-body", "-1"], "argument --max-body: '-1' is not a number above zero"),
@@ -194,6 +421,7 @@ def test_a_port_that_is_taken_is_told(sqlite_url: str) -> None:
         done = refused("--database-url", sqlite_url, "--listen", address)
     assert done.returncode == 2
     assert f"serve.py: cannot listen on {address}: " in done.stderr
+    assert "choose another with --listen" in done.stderr
 
 
 # Other servers, and many processes.
@@ -254,10 +482,28 @@ def test_gunicorn_runs_many_workers(gunicorn: Process) -> None:
     assert listed(gunicorn) == sorted(ids)
 
 
+def test_gunicorn_logs_as_well(gunicorn: Process) -> None:
+    """Where nothing configures logging there is a line for each request, too."""
+    send(gunicorn, "GET", "/livez")
+    gunicorn.process.terminate()
+    gunicorn.process.wait(PATIENCE)
+    until(lambda: '"GET /livez HTTP/1.1" 200' in gunicorn.log, "the line")
+
+
+@pytest.mark.parametrize(("path", "status"), [("//1", 200), ("/1/", 404)])
+def test_gunicorn_knows_the_same_paths(path: str, status: int, gunicorn: Process) -> None:
+    """Slashes too many are answered as they are on waitress, which leaves some out."""
+    send(gunicorn, "POST", "/")
+    assert send(gunicorn, "GET", path)[0] == status
+    with serve("--database-url", "sqlite://") as waitress:
+        send(waitress, "POST", "/")
+        assert send(waitress, "GET", path)[0] == status
+
+
 def test_gunicorn_takes_a_body_of_unknown_length(gunicorn: Process) -> None:
     """A chunked body makes its item, where the server does not know its length beforehand."""
     answer = send(gunicorn, "POST", "/", iter([b'{"name": ', b'"chair"}']))
-    assert answer == (200, b'{"id": 1, "name": "chair"}')
+    assert answer == (200, b'{"id": 1, "name": "chair"}\n')
 
 
 def test_gunicorn_refuses_an_endless_body(gunicorn: Process) -> None:

@@ -14,9 +14,9 @@ from sessionscope.engines import make_engine
 from sqlalchemy import Connection, text
 from support import PATIENCE, drop_tables, names
 
-from models import create_tables
+from web.database import create_tables
 
-both_signals = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+each_signal = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def wait_until_refused(server: Process) -> None:
         time.sleep(0.02)
 
 
-@both_signals
+@each_signal
 def test_what_runs_is_finished(how: signal.Signals, postgresql_url: str, rival: Connection) -> None:
     """Told to stop, the server accepts nobody, answers the request that runs, and exits with 0."""
     with serve("--database-url", postgresql_url) as server, ThreadPoolExecutor() as threads:
@@ -60,7 +60,7 @@ def test_what_runs_is_finished(how: signal.Signals, postgresql_url: str, rival: 
         wait_until_refused(server)
         assert not answer.done()
         rival.rollback()
-        assert answer.result(PATIENCE) == (200, b'{"id": 1, "name": "Item #1"}')
+        assert answer.result(PATIENCE) == (200, b'{"id": 1, "name": "Item #1"}\n')
         assert server.process.wait(PATIENCE) == 0
     assert names(rival.engine) == ["Item #1"]
 

@@ -1,75 +1,75 @@
-"""What the client is told when something fails, and what the log."""
+"""What the client and the log are told when something fails."""
 
 from __future__ import annotations
 
 import logging
-import secrets
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import msgspec
 from sessionscope import CommitOutcomeUnknown
-from sessionscope.databases import is_unavailable
+from sessionscope.databases import error_code, is_unavailable
 from sqlalchemy.exc import IntegrityError
 
-from web.router import Refusal, Response, as_json
+from web.logs import request_id
+from web.responses import Error, HTTPError, Response, json_response
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger("items")
 
-
-class Failure(msgspec.Struct):
-    """That something failed, and the id under which the log has the rest."""
-
-    error: str
-    id: str
+CONFLICTS = frozenset(
+    {
+        *("23505", "23503"),  # PostgreSQL: unique violation, foreign key violation
+        *(1062, 1451, 1452),  # MariaDB: duplicate entry, a row is referred to, or refers to none
+        *("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CONSTRAINT_ROWID"),
+        "SQLITE_CONSTRAINT_FOREIGNKEY",
+    }
+)
+"""What other data is to blame for; any other violation is a mistake of the service."""
 
 
 def errors_as_json(app: WSGIApplication) -> WSGIApplication:
-    """Answer in JSON for what *app* raises before its response has begun.
+    """Respond in JSON for what *app* raises before its response has begun.
 
-    Wrapped around the session middleware, it also answers for a COMMIT that failed.  Later
-    the exception goes to the server, which can cut the response.
+    Wrapped around the session middleware, it also responds for a COMMIT that failed.  Later
+    the exception goes to the server, which can cut the response.  A server that refuses a
+    request itself puts an `HTTPError` at ``items.refusal`` in the environ.
     """
 
-    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def respond(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        refusal: HTTPError | None = environ.get("items.refusal")
+        if refusal is not None:
+            return refusal.response()(environ, start_response)
         try:
             return app(environ, start_response)
         except Exception as error:
-            request = f"{environ['REQUEST_METHOD']} {environ.get('PATH_INFO', '')!r}"
-            response = response_to(error, request)
-            return response.begin(start_response, environ["REQUEST_METHOD"], sys.exc_info())
+            response = response_to(error, environ)
+            return response(environ, start_response, sys.exc_info())
 
-    return answer
+    return respond
 
 
-def response_to(error: Exception, request: str) -> Response:
-    """Make the response that tells of *error*, and log it.
-
-    :param request: what was asked for, in words for the log.
-    """
+def response_to(error: Exception, environ: WSGIEnvironment) -> Response:
+    """Return the response that tells of *error*, and log it."""
+    request = f"{environ['REQUEST_METHOD']} {environ.get('PATH_INFO', '')!r}"
     if isinstance(error, CommitOutcomeUnknown):
         log.error("%s: the outcome is unknown", request, exc_info=error)
-        return OUTCOME_UNKNOWN.response()
+        message = "the database was lost while it stored this: it may have been done, or not; "
+        headers = {"Commit-Outcome": "unknown"}
+        if "HTTP_IDEMPOTENCY_KEY" in environ:
+            headers["Retry-After"] = "1"
+            message += "repeat it with the same Idempotency-Key, which does it once"
+        else:  # no Retry-After
+            message += "look before you repeat it"
+        return HTTPError(503, message, headers).response()
     if is_unavailable(error):
         log.warning("%s: the database is not available: %s", request, error)
-        return UNAVAILABLE.response()
-    if isinstance(error, IntegrityError):
+        return HTTPError(503, "the database is not available", {"Retry-After": "1"}).response()
+    if isinstance(error, IntegrityError) and error_code(error) in CONFLICTS:
         log.info("%s: a conflict: %s", request, error)
-        return CONFLICT.response()
-    id = secrets.token_hex(4)
+        return HTTPError(409, "conflict with what is stored").response()
+    id = request_id(environ)
     log.error("%s failed, id %s", request, id, exc_info=error)
-    return as_json(Failure("internal server error", id), 500)
-
-
-# No Retry-After: what may have been done must not be done again blindly.
-OUTCOME_UNKNOWN = Refusal(
-    503,
-    "the database was lost while it stored this: it may have been done, or not",
-    {"Commit-Outcome": "unknown"},
-)
-UNAVAILABLE = Refusal(503, "the database is not available", {"Retry-After": "1"})
-CONFLICT = Refusal(409, "conflict with what is stored")
+    return json_response(Error("internal server error", id=id), 500)

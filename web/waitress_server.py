@@ -1,0 +1,202 @@
+"""waitress, with what it lacks: refusals as ours, and an orderly stop.
+
+All that relies on waitress's private parts is in this file: how its parser ends a request, how
+its channel closes (`handle_close`, `received`, `requests`, `request`, `total_outbufs_len`), how
+its task writes a head (`has_body`, `set_close_on_finish`), and that its loop runs on a map of
+sockets.  ``setup.py`` pins the major version, and a test fails if one of them changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from argparse import Namespace
+from contextlib import suppress
+from socket import SHUT_WR
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
+from waitress.server import BaseWSGIServer, create_server
+from waitress.task import WSGITask
+from waitress.utilities import BadRequest
+
+from web.options import StartError
+from web.responses import HTTPError
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication, WSGIEnvironment
+
+DISCARDED = 64 * 2**20
+"""Bytes of a refused request that are read so that its client gets to the response."""
+
+DISCARDING = 10.0
+"""Seconds that this may take."""
+
+log = logging.getLogger("items")
+
+
+class RequestParser(HTTPRequestParser):
+    """waitress's parser, which refuses as well where it would raise, or wait in vain."""
+
+    # What is asked of a request whose head could not be read.
+    command: Any = "-"
+    path: Any = "/"
+    query: Any = ""
+    request_uri = "/"
+    url_scheme = "http"
+
+    def received(self, data: bytes) -> int:
+        try:
+            consumed: int = super().received(data)
+        except ValueError:  # a target that is no URL, or a length of thousands of digits
+            self.error = BadRequest("The head cannot be read")
+            self.completed, consumed = True, len(data)
+        if self.completed:
+            self.expect_continue = False  # it would wait for a body that never comes
+        return consumed
+
+
+REFUSALS = {
+    413: "the body is too long",
+    431: "the head of the request is too long",
+    501: "this transfer coding is not known",
+}
+
+
+class Task(WSGITask):
+    """A response: the application's, also to what the parser has refused."""
+
+    channel: Any
+    request: Any
+
+    def get_environment(self) -> WSGIEnvironment:
+        environ: WSGIEnvironment = super().get_environment()
+        error = self.request.error
+        if error:
+            message = REFUSALS.get(error.code, error.body)
+            environ["items.refusal"] = HTTPError(error.code, message)
+            self.channel.refused = True
+            self.set_close_on_finish()
+        return environ
+
+    def set_close_on_finish(self) -> None:
+        # waitress knows where a 204 and a 304 end, but looks for their Content-Length.
+        if self.has_body or self.version != "1.1" or self.request.connection_close:
+            super().set_close_on_finish()
+
+
+class Channel(HTTPChannel):
+    """A client's connection.
+
+    One that is refused while it sends must be able to finish, for many clients read nothing
+    before.  Closing with unread bytes would reset the connection, and the response with it
+    (RFC 9112, 9.6).
+    """
+
+    parser_class = RequestParser
+    task_class = Task
+    error_task_class: Any = Task
+    socket: Any
+    refused = False
+    discarded = 0
+    deadline: float | None = None
+
+    def handle_close(self) -> None:
+        if not self.refused or self.deadline is not None or not self.connected:
+            super().handle_close()
+            return
+        self.deadline = monotonic() + DISCARDING
+        self.will_close = False
+        with suppress(OSError):
+            self.socket.shutdown(SHUT_WR)
+
+    def received(self, data: bytes) -> bool:
+        if self.deadline is None:
+            return bool(super().received(data))
+        self.discarded += len(data)
+        if self.discarded > DISCARDED or monotonic() > self.deadline:
+            self.handle_close()
+        return True
+
+
+class Server:
+    """The server of an application, listening.
+
+    :raises StartError: if it cannot listen.
+    """
+
+    def __init__(self, app: WSGIApplication, options: Namespace) -> None:
+        path = options.listen.removeprefix("unix:")
+        where: dict[str, Any] = {"listen": options.listen}
+        if path != options.listen:
+            where = {"unix_socket": path, "unix_socket_perms": "660"}
+        if options.trusted_proxy:
+            headers = {"x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
+            where |= {
+                "trusted_proxy": options.trusted_proxy,
+                "trusted_proxy_headers": headers,
+                "clear_untrusted_proxy_headers": True,
+            }
+        self.sockets: dict[int, Any] = {}
+        try:
+            self.server: Any = create_server(
+                app,
+                self.sockets,
+                threads=options.threads,
+                connection_limit=options.connections,
+                channel_timeout=options.idle_timeout,
+                # waitress refuses what is far too long before it has stored it.
+                max_request_body_size=options.max_body + 2**20,
+                # So much of a stream waits in memory for a client slower than we are.
+                outbuf_high_watermark=2**19,
+                **where,
+            )
+        except (ValueError, OSError) as error:
+            message = f"cannot listen on {options.listen}: {error}; choose another with --listen"
+            raise StartError(message) from None
+        self.listeners = [
+            each for each in self.sockets.values() if isinstance(each, BaseWSGIServer)
+        ]
+        for listener in self.listeners:
+            listener.channel_class = Channel
+        self.stopping = False
+        self.server.print_listen(
+            "serving on " + ("unix:{1}" if "unix_socket" in where else "http://{}:{}")
+        )
+
+    def run(self, patience: float) -> None:
+        """Serve until SIGTERM, SIGINT or SIGHUP, and finish what has begun.
+
+        waitress by itself drops the requests that it is working on.
+
+        :param patience: seconds after which even unfinished requests are left.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self.stop)
+        while not self.stopping:
+            wasyncore.loop(map=self.sockets, count=1)
+        log.info("stopping: no new requests, %g s for those that run", patience)
+        deadline = monotonic() + patience
+        for listener in self.listeners:
+            wasyncore.dispatcher.close(listener)  # its own close() would stop the workers' signals
+        while self.close_idle() and monotonic() < deadline:
+            wasyncore.loop(timeout=0.1, map=self.sockets, count=1)
+        self.server.task_dispatcher.shutdown()
+
+    def stop(self, number: int, _frame: object) -> None:
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)  # the second time is final
+        self.listeners[0].pull_trigger()
+
+    def close_idle(self) -> bool:
+        """Close the connections that wait for a request; tell whether others are left."""
+        busy = False
+        for channel in [each for each in self.sockets.values() if isinstance(each, HTTPChannel)]:
+            if channel.requests or channel.request or channel.total_outbufs_len:
+                busy = True
+            else:
+                channel.handle_close()
+        return busy
