@@ -40,8 +40,9 @@ check: .venv/installed-dev
 suites: .venv/installed-dev
 	$(BIN)/python tests/transparency_suites.py --known $(SUITES)
 
-docs: .venv/installed-dev
-	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs build/docs
+docs: .venv/installed-docs
+	$(BIN)/sphinx-build -n -W --keep-going -b html docs build/docs
+	@echo "The site is in build/docs: open file://$(CURDIR)/build/docs/index.html"
 
 storm: .venv/installed-dev
 	PYTHONPATH=. $(BIN)/python tests/storm.py

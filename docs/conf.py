@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 project = html_title = "sessionscope"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.graphviz"]
-myst_heading_anchors = 2
+myst_heading_anchors = 3
 default_role = "any"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -38,7 +39,7 @@ from sessionscope import (
     pytest_plugin,
     testing,
 )
-from sqlalchemy import Engine, create_engine, event, func, insert, select
+from sqlalchemy import Engine, create_engine, event, func, insert, orm, select
 from sqlalchemy import text as sql
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -358,6 +359,62 @@ def test_flask_sqlalchemy_orders_once(reader: Reader) -> None:
         db.engine.dispose()
 
 
+def test_a_task_and_a_job_find_their_order(reader: Reader) -> None:
+    """A task of Celery, and a job like RQ's, run after the commit and keep what they do."""
+    names = reader.run("recipes")
+    app = Flask("packages")
+    app.add_url_rule("/", view_func=names["order_package"], methods=["POST"])
+    TestApp(SessionMiddleware(app, names["Session"])).post("/", status=200)
+    assert reader.orders()[-1] == "lamp (packed)"
+
+    class Queue:
+        def enqueue(self, job: Callable[[int], None], id: int) -> None:
+            job(id)
+
+    def ship(_: object) -> None:
+        order = names["Session"].scalars(select(names["Order"])).all()[-1]
+        names["ship_later"](Queue(), order)
+
+    serve_once(SessionMiddleware(plain("200 OK", ship), names["Session"]), environ("POST"))
+    assert reader.orders()[-1] == "lamp (packed) (shipped)"
+
+
+def test_an_error_of_graphql_rolls_back(reader: Reader) -> None:
+    """A mutation is kept, and one whose 200 has errors is not."""
+    names = reader.run("recipes")
+    before = reader.orders()
+    app = Flask("graphql")
+    view = names["ShopView"].as_view("graphql", schema=names["schema"])
+    app.add_url_rule("/", view_func=view)
+    rule = names["unless_failed"]
+    client = TestApp(SessionMiddleware(app, names["Session"], commit_when=rule))
+    for item in ("lamp", "moon"):
+        client.post_json("/", {"query": f'mutation {{ order(item: "{item}") }}'}, status=200)
+    assert reader.orders() == [*before, "lamp"]
+
+
+def test_a_request_may_have_a_limit(reader: Reader, postgresql_url: str) -> None:
+    """The limit of one view is that of its transaction, and the next request has none."""
+    names = reader.run("recipes")
+    engine = create_engine(postgresql_url)
+    names["Order"].__table__.create(engine)
+    names["Session"].configure(bind=engine)
+    found: list[Any] = []
+
+    def ask(_: object) -> None:
+        found.append(names["Session"].scalar(sql("SHOW statement_timeout")))
+
+    def report(_: object) -> None:
+        names["report"]()
+        ask(_)
+
+    for work in (report, ask):
+        serve_once(SessionMiddleware(plain("200 OK", work), names["Session"]))
+    names["Order"].__table__.drop(engine)
+    engine.dispose()
+    assert found == ["2s", "0"]
+
+
 def test_callbacks_work_after_the_commit(reader: Reader) -> None:
     """The worker's callback changed its order, and a message is stored before it is announced."""
     names = reader.run("after-commit")
@@ -575,6 +632,70 @@ def test_flask_sqlalchemy_reads_from_a_replica(reader: Reader, tmp_path: Path) -
         db.engine.dispose()
 
 
+# Troubleshooting by message.
+
+OTHERS = "## Messages of SQLAlchemy"
+OWN = re.findall(
+    "^### `(.*)`$",
+    (DOCS / "troubleshooting.md").read_text("utf-8").partition(OTHERS)[0],
+    re.M,
+)
+"""The headings that are messages of the library; ``...`` is anything."""
+
+SAYING = {
+    "CommitOutcomeUnknown",
+    "RuntimeError",
+    "TransactionDoomed",
+    "exception",
+    "failure_of",
+    "swallowed",
+    "warn_once",
+    "warning",
+}
+"""The functions whose argument somebody reads in an error or in the log."""
+
+
+def literals(node: ast.AST) -> Iterator[str]:
+    """The texts of a piece of source, in which ``...`` is what is only known when it runs."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.JoinedStr):
+            pieces = [p.value if isinstance(p, ast.Constant) else "..." for p in part.values]
+            yield "".join(str(piece) for piece in pieces)
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield re.sub("%[a-z]", "...", part.value)
+
+
+def library() -> Iterator[ast.Module]:
+    paths = (ROOT / "middleware.py", *(ROOT / "sessionscope").glob("*.py"))
+    return (ast.parse(path.read_text("utf-8")) for path in paths)
+
+
+@pytest.mark.parametrize("message", OWN)
+def test_a_message_is_the_librarys(message: str) -> None:
+    """Each message of ours on the page about troubles is one that the library has, word by word."""
+    if message == "registry must be a scoped_session":
+        with pytest.raises(TypeError, match=message):
+            SessionMiddleware(plain("200 OK", bool), orm.sessionmaker())  # type: ignore[arg-type]
+    else:
+        assert [text for module in library() for text in literals(module) if message in text]
+
+
+def test_each_message_of_the_library_is_explained() -> None:
+    """What the library raises or logs by itself has a heading, or is named under one."""
+    page = (DOCS / "troubleshooting.md").read_text("utf-8")
+    page = " ".join(page.split())
+    missing = [
+        text
+        for module in library()
+        for call in ast.walk(module)
+        if isinstance(call, ast.Call) and call.args
+        if getattr(call.func, "id", getattr(call.func, "attr", "")) in SAYING
+        for text in [next(literals(call.args[0]), "")]
+        if text.strip(".: ") and not any(message in text for message in OWN) and text not in page
+    ]
+    assert missing == []
+
+
 # The site.
 
 
@@ -645,6 +766,61 @@ def test_the_interface_is_complete(module: ModuleType, site: Path) -> None:
     names = getattr(module, "__all__", ["sessionscope_isolate"])
     missing = [name for name in names if f"{module.__name__}.{name}" not in targets]
     assert missing == []
+
+
+SEARCHES = [
+    "tutorial",
+    "FAQ",
+    "troubleshooting",
+    "Sentry",
+    "gevent",
+    "alembic",
+    "FastAPI",
+    "row level security",
+    "tenant",
+    "nginx",
+    "docker",
+    "API reference",
+    "PendingRollbackError",
+    "QueuePool limit",
+    "asyncio",
+    "csrf",
+    "Flask-SQLAlchemy",
+    "Flask-Admin",
+    "Celery",
+    "idempotency",
+    "replica",
+    "timeout",
+    "savepoint",
+    "streaming",
+    "deadlock",
+    "database is locked",
+    "application context",
+    "metrics",
+]
+
+
+def words(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", re.sub("<[^>]+>", "", text)).lower()
+
+
+@pytest.fixture(scope="module")
+def headings(site: Path) -> dict[str, set[str]]:
+    """What the search of the site ranks first: titles, headings, index entries; their pages."""
+    source = (site / "searchindex.js").read_text("utf-8")
+    index = json.loads(source.removeprefix("Search.setIndex(").removesuffix(")"))
+    found: dict[str, set[str]] = {}
+    for entries in (index["alltitles"], index["indexentries"]):
+        for text, places in entries.items():
+            pages = {index["docnames"][place[0]] for place in places}
+            found.setdefault(words(text), set()).update(pages)
+    return found
+
+
+@pytest.mark.parametrize("term", SEARCHES)
+def test_a_search_finds_a_heading(term: str, headings: dict[str, set[str]]) -> None:
+    """Who searches for the term finds a page that has it in a title, heading or index entry."""
+    assert [text for text in headings if words(term) in text]
 
 
 def test_the_drawing_is_in_the_site(site: Path) -> None:
