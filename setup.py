@@ -79,7 +79,7 @@ EXTENSIONS = [
     "strawberry-graphql>=0.280",
     "structlog>=24",
 ]
-DOCS = ["furo>=2024.8", "myst-parser>=4", "Sphinx>=8"]
+DOCS = ["furo>=2024.8", "myst-parser>=4", "pytest>=8.4", "Sphinx>=8"]
 DRIVERS = ["mariadb>=1.1.14", "mysqlclient>=2.2"]  # the second is compiled; CI tests with them
 DEV = [
     *TEST,
@@ -111,7 +111,7 @@ setup(
     description="One SQLAlchemy session per WSGI request, and a 2xx that can be trusted",
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
-    keywords="sqlalchemy wsgi middleware session transaction commit rollback idempotency flask pyramid",
+    keywords="sqlalchemy wsgi middleware session transaction commit rollback retry idempotency",
     author="Seed a07db408 maintainers",
     author_email="maintainers@users.noreply.r-seed-a07db408.example",
     license_expression="MIT",
