@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from resources import make_app
+from web.demo import add_demo
 from web.database import make_probe, open_database, parse_url
 from web.errors import errors_as_json
 from web.logs import AccessLog, Exchange, configure_logging, log_exchange, observe
@@ -51,6 +52,8 @@ class Service:
         reports: list[Callable[[Exchange], None]] = [log_exchange]
         if options.metrics:
             reports.append(add_metrics(router, self.engines))
+        if options.demo:
+            reports.append(add_demo(router, session, options.threads).add)
         sessions = SessionMiddleware(
             router, session, attempts=ATTEMPTS, reader=reader, confirm=True, observer=observe
         )
