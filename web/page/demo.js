@@ -3,6 +3,7 @@
 import { call, load } from "./page.js";
 
 const KEPT = 8;
+let [lastKind, lastReads] = ["", 0];
 
 const failures = {
   conflict: "Answer 409",
@@ -48,12 +49,17 @@ async function fail(name) {
   load();
 }
 
+/** Show an outcome; those of reads that follow each other share a line. */
 function show({ method, path, status, action, ms, attempts }) {
+  const kind = `${method} ${action}`;
+  const reads = method === "GET" && lastKind === kind ? lastReads + 1 : 1;
+  if (reads > 1) outcomes.firstChild.remove();
+  [lastKind, lastReads] = [kind, reads];
   const rest = `${ms} ms, ${attempts} ${attempts === 1 ? "attempt" : "attempts"}`;
   const line = make(
     "li",
-    {},
-    make("span", { className: "request" }, `${method} ${path}`),
+    { className: method === "GET" ? "read" : "change" },
+    make("span", { className: "request" }, `${method} ${path}${reads > 1 ? ` (${reads} reads)` : ""}`),
     make("span", { className: `action ${action}` }, action.toUpperCase()),
     make("span", { className: "rest" }, `${status.slice(0, 3)}, ${rest}`),
   );

@@ -3,7 +3,7 @@
 const LIMIT = 20; // items on one page
 const PATIENCE = 30_000; // milliseconds to wait for a response
 const PAUSES = [1, 2, 4, 8]; // seconds before a request is repeated; the last of them for good
-const FIELDS = ["name", "order", "after", "before"]; // of the address, as the API has them
+const FIELDS = { name: /./, order: /^newest$/, after: /^\d+$/, before: /^\d+$/ }; // of the address
 
 const find = (selector, within = document) => within.querySelector(selector);
 const byId = (...ids) => ids.map((id) => document.getElementById(id));
@@ -76,9 +76,9 @@ function canRepeat(status, headers, key) {
   return [502, 503, 504].includes(status);
 }
 
-function refusal(status, { error, title, id }) {
+function refusal(status, { error, title, errors = [], id }) {
   const details = id ? ` The log has more under ${id}.` : "";
-  return new Problem(sentence(error ?? title) + details, { status, invalid: status === 422 });
+  return new Problem(sentence(error ?? title) + details, { status, invalid: errors.some(({ field }) => field === "name") });
 }
 
 function stopped(method) {
@@ -165,7 +165,11 @@ function moveFocus(from, to) {
 
 function address() {
   const given = new URLSearchParams(location.search);
-  return Object.fromEntries(FIELDS.map((name) => [name, given.get(name) ?? ""]));
+  const entries = Object.entries(FIELDS).map(([name, pattern]) => {
+    const value = given.get(name) ?? "";
+    return [name, pattern.test(value) ? value : ""];
+  });
+  return Object.fromEntries(entries);
 }
 
 function encode(fields) {
@@ -184,7 +188,7 @@ function go(fields, change = "pushState") {
 /** Show what the address says, in the form for searching, too. */
 function follow() {
   const { name, order: direction } = address();
-  [prefix.value, order.value] = [name, direction === "newest" ? direction : ""];
+  [prefix.value, order.value] = [name, direction];
   return load();
 }
 
@@ -269,7 +273,7 @@ function describe(total, position, length) {
 function turn(button, other, fields) {
   act(list, async () => {
     await go(await fields());
-    moveFocus(button, [button, other].find(({ disabled }) => !disabled) ?? heading);
+    moveFocus(button, [button, other].find((place) => !place.disabled && !place.hidden) ?? heading);
   });
 }
 
