@@ -1,7 +1,8 @@
-"""The items table."""
+"""The tables: items, and the keys of requests that must not be carried out twice."""
 
 from __future__ import annotations
 
+from sessionscope.idempotency import idempotency_table
 from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -32,3 +33,6 @@ class Item(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str | None] = mapped_column(NAME, index=True)
+
+
+keys = idempotency_table(Base.metadata)

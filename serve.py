@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from sessionscope import SessionMiddleware
 from sessionscope.engines import make_reader
+from sessionscope.idempotency import Idempotency, purge
 from sqlalchemy import Engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 
+from models import keys
 from resources import make_app
 from web.demo import add_demo
 from web.database import make_probe, open_database, parse_url
@@ -47,15 +50,17 @@ class Service:
         )
         reader = make_reader(reader_url or url, pool_size=options.threads)
         self.engines = {"writer": engine} | ({} if reader is None else {"reader": reader})
-        session = scoped_session(sessionmaker(engine))
+        self.session = session = scoped_session(sessionmaker(engine))
         router = make_app(session, probe=make_probe(url, reader_url), max_body=options.max_body)
         reports: list[Callable[[Exchange], None]] = [log_exchange]
         if options.metrics:
             reports.append(add_metrics(router, self.engines))
         if options.demo:
             reports.append(add_demo(router, session, options.threads).add)
+        # Its callers are not known, so a key is the same whoever sends it.
+        once = Idempotency(router, keys, scope=lambda environ: "")
         sessions = SessionMiddleware(
-            router, session, attempts=ATTEMPTS, reader=reader, confirm=True, observer=observe
+            once, session, attempts=ATTEMPTS, reader=reader, confirm=True, observer=observe
         )
         origins = Origins(errors_as_json(sessions), options.cors_origins.split())
         self.app = AccessLog(origins, *reports)
@@ -103,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configure_logging(options.log_level, options.log_format)
     try:
         service = Service(options)
+        if options.purge_keys is not None:
+            number = purge(service.session, keys, timedelta(days=options.purge_keys))
+            parser.exit(0, f"{number} idempotency keys deleted\n")
         server = Server(service, options)
     except StartError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

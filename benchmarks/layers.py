@@ -51,14 +51,9 @@ COLOURS = {
 }
 
 
-class AlwaysOpen:
-    """A registry, as far as handlers know, whose session has one connection for ever."""
-
-    def __init__(self, engine: Any) -> None:
-        self.held = engine.connect()
-
-    def connection(self) -> Any:
-        return self.held
+def always_open(engine: Any) -> Any:
+    """Make a registry whose session begins once, and never ends."""
+    return scoped_session(sessionmaker(engine))
 
 
 def constant(url: str) -> Router:
@@ -86,8 +81,8 @@ STACKS: dict[str, Callable[[str], WSGIApplication]] = {
     "empty": lambda url: empty,
     "router": constant,
     "router, middleware": managed,
-    "reading": lambda url: make_app(AlwaysOpen(make_reader(url))),  # type: ignore[arg-type]
-    "writing": lambda url: make_app(AlwaysOpen(make_engine(url))),  # type: ignore[arg-type]
+    "reading": lambda url: make_app(always_open(make_reader(url))),
+    "writing": lambda url: make_app(always_open(make_engine(url))),
     "all": create_app,
 }
 

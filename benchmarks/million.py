@@ -24,9 +24,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from models import MAX_ID
-from resources import ItemList, Items
+from resources import ItemList, Items, Selection
 from web.database import create_tables
-from web.router import json_bytes
+from web.responses import json_bytes
 
 ROUNDS, PAGES = 7, 300
 
@@ -108,7 +108,7 @@ def in_memory(url: str) -> float:
         session.connection()
         items = Items(scoped_session(lambda: session))  # type: ignore[arg-type]
         began = process_time()
-        body = json_bytes(ItemList(items.fetch(None, MAX_ID)))
+        body = json_bytes(ItemList(items.fetch(Selection(), MAX_ID)))
         took = process_time() - began
     engine.dispose()
     assert body

@@ -223,7 +223,7 @@ def huge_number(random: Random) -> Attack:
 @kind
 def wrong_value(random: Random) -> Attack:
     letters = "".join(random.choices("aé€😀'\"\\", k=random.choice([17, 100, 5000])))
-    names = ["", " \t", "\u200b", "\x00", "a\x00b", "a\nb", letters]
+    names: list[Any] = ["", " \t", "\u200b", "\x00", "a\x00b", "a\nb", letters]
     names += [1, -1.5, None, True, [], {}, ["chair"]]
     keys = ["name ", "Name", "id", "__proto__", "__class__", "", "na\u0000me", "é" * 500]
     value: Any = random.choice(

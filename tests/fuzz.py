@@ -6,6 +6,7 @@ The exit status is that of schemathesis, or 1 where the log of the service tells
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from processes import serve
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 
-FAILURE = r".* (?:ERROR|CRITICAL) .*|Traceback.*"
+FAILURE = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) .*|Traceback.*", re.MULTILINE)
 
 
 def main() -> int:
@@ -36,8 +37,9 @@ def main() -> int:
         command = [sys.executable, "-W", "ignore", "-m", "schemathesis.cli"]
         command += ["--config-file", str(CONFIG), "run", url, "--checks", "all"]
         command += ["--max-time", str(options.seconds), "--seed", str(options.seed)]
-        status = subprocess.run(command, cwd=folder, check=False).returncode
-    failures = re.findall(FAILURE, server.log)
+        hooks = {**os.environ, "PYTHONPATH": str(CONFIG.parent)}
+        status = subprocess.run(command, cwd=folder, env=hooks, check=False).returncode
+    failures = FAILURE.findall(server.log)
     print(*failures, f"the log tells of {len(failures)} failures", sep="\n")
     return status or bool(failures)
 

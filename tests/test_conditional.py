@@ -97,7 +97,7 @@ def test_what_the_client_has_is_not_sent_again(
     """GET and HEAD if none of these tags matches is a 304 with the tag, where one does."""
     service.client.post("/")
     tag = tag_of(service)
-    given = {"HTTP_IF_NONE_MATCH": condition.format(tag), "HTTP_X_REQUEST_ID": "x"}
+    given: dict[str, Any] = {"HTTP_IF_NONE_MATCH": condition.format(tag), "HTTP_X_REQUEST_ID": "x"}
     reply = service.send(method, "/1", **given)
     assert (reply.status, reply.content) == ("304 Not Modified", b"")
     assert dict(reply.headers) == {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
 from http.client import HTTPResponse
 from typing import Any
 
@@ -16,6 +18,8 @@ from support import PATIENCE, serving
 from resources import WEB
 from web import demo
 
+Ask = Callable[[str, str], HTTPResponse]
+
 FAILURES = {"conflict": 409, "error": 500, "commit": 500}
 
 
@@ -26,26 +30,23 @@ def service(sqlite_url: str) -> Iterator[Service]:
         yield made
 
 
-Ask = Callable[..., HTTPResponse]
-
-
 @pytest.fixture
-def ask(service: Service) -> Iterator[Ask]:
-    """Make requests to a server of it, each on a connection that stays open."""
-    clients: list[http.client.HTTPConnection] = []
-
+def ask(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
+    """Make requests to a server of it, each on a connection of its own that stays open."""
     with serving(service.app) as port:
 
-        def ask(method: str, path: str, **headers: str) -> HTTPResponse:
+        def request(connections: ExitStack, method: str, path: str) -> HTTPResponse:
             client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-            clients.append(client)
-            client.request(method, path, headers=headers)
-            return client.getresponse()
+            connections.enter_context(closing(client))
+            client.request(method, path)
+            return connections.enter_context(client.getresponse())
 
-        yield ask
-        for client in clients:
-            client.close()
-        ask("POST", "/").close()  # wakes those who wait, so that they see the end
+        monkeypatch.setattr(demo, "DURATION", PATIENCE)
+        with ExitStack() as connections:
+            yield partial(request, connections)
+        monkeypatch.setattr(demo, "DURATION", 0)
+        with ExitStack() as connections:  # wakes the streams, whose time is over
+            request(connections, "POST", "/").read()
 
 
 def events(stream: bytes) -> list[dict[str, Any]]:
@@ -76,9 +77,8 @@ def test_a_failure_leaves_nothing_behind(
         assert told == [(f"/demo/{name}", "rollback"), ("/", "commit")]
 
 
-def test_outcomes_are_sent_as_they_happen(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcomes_are_sent_as_they_happen(ask: Ask) -> None:
     """A stream that is open gets each outcome, and those that there were before."""
-    monkeypatch.setattr(demo, "DURATION", PATIENCE)
     ask("POST", "/").read()
     stream = ask("GET", "/demo/outcomes")
     assert stream.headers["Content-Type"] == "text/event-stream"
@@ -95,22 +95,19 @@ def test_outcomes_are_sent_as_they_happen(ask: Ask, monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_a_stream_uses_no_connection(
-    ask: Ask, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_uses_no_connection(ask: Ask, service: Service) -> None:
     """While a stream waits no connection of the pool is in use, and it is not told of itself."""
-    monkeypatch.setattr(demo, "DURATION", PATIENCE)
     stream = ask("GET", "/demo/outcomes")
     stream.readline()
-    assert [engine.pool.checkedout() for engine in service.app.engines.values()] == [0]  # type: ignore[attr-defined]
+    engines = service.app.engines.values()  # type: ignore[attr-defined]
+    assert not any(engine.pool.checkedout() for engine in engines)
     ask("GET", "/page.css").read()
     ask("POST", "/").read()
     assert next_event(stream)["path"] == "/"
 
 
-def test_streams_leave_threads_to_others(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_leave_threads_to_others(ask: Ask) -> None:
     """One more than may wait ends at once, with what there is."""
-    monkeypatch.setattr(demo, "DURATION", PATIENCE)
     ask("POST", "/").read()
     waiting = ask("GET", "/demo/outcomes")
     assert next_event(waiting)["path"] == "/"

@@ -40,7 +40,7 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 from webtest import TestApp
 
-import serve
+from web.options import make_parser
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -205,7 +205,7 @@ def test_ini_files_are_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_commands_have_their_options() -> None:
     """Each option of ``serve.py`` that a page gives is one."""
-    known = serve.make_parser().format_help()
+    known = make_parser().format_help()
     for page in PAGES:
         for block in re.findall("```console\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.S):
             for option in re.findall(r"--[a-z][a-z-]+", block) if "serve.py" in block else []:

@@ -108,8 +108,17 @@ def test_an_unknown_outcome_is_told(caplog: pytest.LogCaptureFixture) -> None:
     headers = dict(reply.headers)
     assert headers["Commit-Outcome"] == "unknown"
     assert "Retry-After" not in headers
-    assert b"it may have been done, or not" in reply.content
+    assert b"it may have been done, or not; look before you repeat it" in reply.content
     assert caplog.records[0].exc_info is not None
+
+
+def test_a_repeat_with_its_key_is_safe() -> None:
+    """A client whose request had a key is told to repeat it with that."""
+    app = raising(CommitOutcomeUnknown("the connection is lost"))
+    reply = serve_once(app, environ("POST", HTTP_IDEMPOTENCY_KEY="one"))
+    assert dict(reply.headers)["Commit-Outcome"] == "unknown"
+    assert dict(reply.headers)["Retry-After"] == "1"
+    assert b"repeat it with the same Idempotency-Key" in reply.content
 
 
 def test_a_database_that_is_busy_is_no_error_of_ours(
@@ -140,8 +149,8 @@ def test_only_other_data_is_a_conflict(rule: str, any_url: str) -> None:
     make, status = RULES[rule]
     metadata = MetaData()
     Table("allowed", metadata, Column("name", NAME, primary_key=True))
-    columns = [Column("id", Integer, primary_key=True), Column("name", NAME)]
-    Table("items", metadata, *columns, make())
+    id = Column("id", Integer, primary_key=True)
+    Table("items", metadata, id, Column("name", NAME), make())
     with service_at(any_url) as service:
         Base.metadata.drop_all(service.outside)
         metadata.create_all(service.outside)

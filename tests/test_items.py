@@ -225,6 +225,40 @@ def test_reading_does_not_wait_for_writing(service: Service) -> None:
         assert service.client.get("/").json == {"items": [{"id": 1, "name": "Item #1"}]}
 
 
+# Requests that are repeated.
+
+
+def test_a_repeat_with_a_key_is_done_once(any_service: Service) -> None:
+    """POST once more with its Idempotency-Key gets the same response, and makes no item."""
+    first, again = (
+        any_service.send("POST", "/", b'{"name": "lamp"}', HTTP_IDEMPOTENCY_KEY="one")
+        for _ in range(2)
+    )
+    assert first.content == again.content == b'{"id": 1, "name": "lamp"}\n'
+    assert dict(again.headers)["Location"] == "./1"
+    assert dict(again.headers)["Idempotent-Replayed"] == "true"
+    assert "Idempotent-Replayed" not in dict(first.headers)
+    assert any_service.rows() == [(1, "lamp")]
+    any_service.send("POST", "/", b'{"name": "lamp"}', HTTP_IDEMPOTENCY_KEY="two")
+    assert any_service.rows() == [(1, "lamp"), (2, "lamp")]
+
+
+def test_a_key_belongs_to_one_request(service: Service) -> None:
+    """Another body with the same key is refused as a problem (RFC 9457), and nothing is done."""
+    service.send("POST", "/", b'{"name": "lamp"}', HTTP_IDEMPOTENCY_KEY="one")
+    reply = service.send("POST", "/", b'{"name": "chair"}', HTTP_IDEMPOTENCY_KEY="one")
+    assert dict(reply.headers)["Content-Type"] == "application/problem+json"
+    assert json.loads(reply.content)["status"] == 422
+    assert service.rows() == [(1, "lamp")]
+
+
+def test_a_refused_request_may_use_its_key_again(service: Service) -> None:
+    """A request that was refused has left nothing, so its key is free for a better one."""
+    service.send("POST", "/", b'{"name": ""}', HTTP_IDEMPOTENCY_KEY="one")
+    reply = service.send("POST", "/", b'{"name": "lamp"}', HTTP_IDEMPOTENCY_KEY="one")
+    assert reply.content == b'{"id": 1, "name": "lamp"}\n'
+
+
 # Bodies.
 
 DEEP = b"[" * 30_000 + b"]" * 30_000
@@ -344,7 +378,7 @@ def test_json_may_be_spelled_in_many_ways(content_type: str, service: Service) -
 def test_a_merge_patch_is_taken(service: Service) -> None:
     """PATCH takes a merge patch (RFC 7396) under its own type; nothing else does."""
     service.client.post("/")
-    kind = {"CONTENT_TYPE": "application/merge-patch+json"}
+    kind: dict[str, Any] = {"CONTENT_TYPE": "application/merge-patch+json"}
     assert service.send("PATCH", "/1", b'{"name": "lamp"}', **kind).status == "200 OK"
     assert service.rows() == [(1, "lamp")]
     assert (
@@ -567,7 +601,7 @@ def test_another_site_changes_nothing(method: str, path: str, site: str, service
 @pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://items.test:8080", ""])
 def test_an_old_browser_is_asked_for_the_origin(origin: str, service: Service) -> None:
     """Without fetch metadata a change from a page of another origin is a 403, reading is not."""
-    options = {"HTTP_HOST": "items.test", "HTTP_ORIGIN": origin}
+    options: dict[str, Any] = {"HTTP_HOST": "items.test", "HTTP_ORIGIN": origin}
     assert service.send("POST", "/", **options).status == "403 Forbidden"
     assert service.rows() == []
     assert service.send("GET", "/", **options).status == "200 OK"
@@ -600,7 +634,7 @@ def shared(sqlite_url: str) -> Iterator[Service]:
 
 def test_another_site_may_be_let_in(shared: Service) -> None:
     """A named site may read and change, and see the headers that matter; no other may change."""
-    browser = {"HTTP_SEC_FETCH_SITE": "cross-site"}
+    browser: dict[str, Any] = {"HTTP_SEC_FETCH_SITE": "cross-site"}
     reply = shared.send("POST", "/", HTTP_ORIGIN=SHOP, **browser)
     headers = dict(reply.headers)
     assert reply.status == "200 OK"
@@ -614,7 +648,7 @@ def test_another_site_may_be_let_in(shared: Service) -> None:
 
 def test_a_preflight_is_answered(shared: Service) -> None:
     """OPTIONS with what a page wants to do is a 204 that allows it to a named site alone."""
-    asked = {"HTTP_ACCESS_CONTROL_REQUEST_METHOD": "PUT"}
+    asked: dict[str, Any] = {"HTTP_ACCESS_CONTROL_REQUEST_METHOD": "PUT"}
     reply = shared.send("OPTIONS", "/1", HTTP_ORIGIN=SHOP, **asked)
     headers = dict(reply.headers)
     assert reply.status == "204 No Content"

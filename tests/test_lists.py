@@ -238,7 +238,7 @@ def test_a_count_is_cheap(any_service: Service) -> None:
 
 # Compression.
 
-GZIP = {"HTTP_ACCEPT_ENCODING": "gzip, br"}
+GZIP: dict[str, Any] = {"HTTP_ACCEPT_ENCODING": "gzip, br"}
 
 
 @pytest.mark.parametrize("count", [1000, LONG])

@@ -584,6 +584,7 @@ def test_another_type_is_named(column: str, words: str, tmp_path: Path) -> None:
     with engine_for(f"sqlite:///{tmp_path}/items.db") as engine:
         with engine.begin() as connection:
             connection.execute(sql(f"CREATE TABLE items (id INTEGER PRIMARY KEY, {column})"))
+        create_tables(engine)
         if words:
             with pytest.raises(WrongTable, match=re.escape(words)):
                 check_tables(engine)

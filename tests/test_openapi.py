@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -171,9 +172,9 @@ def test_an_operation_has_these_responses(
     ("path", "method", "status", "headers"),
     [
         ("/", "get", "200", {"Link"}),
-        ("/", "post", "200", {"Location"}),
+        ("/", "post", "200", {"Location", "Idempotent-Replayed"}),
         ("/{id}", "get", "200", {"ETag"}),
-        ("/{id}", "patch", "200", {"ETag"}),
+        ("/{id}", "patch", "200", {"ETag", "Idempotent-Replayed"}),
         ("/", "post", "503", {"Retry-After", "Commit-Outcome"}),
     ],
 )
@@ -195,6 +196,18 @@ def test_every_failure_is_an_error(document: Any) -> None:
                 assert content["example"]["error"]
 
 
+@pytest.mark.parametrize(("path", "method"), [("/", "post"), ("/{id}", "patch")])
+def test_a_key_is_described(path: str, method: str, document: Any) -> None:
+    """What can be done with an Idempotency-Key, and what may come of it, is in the document."""
+    operation = document["paths"][path][method]
+    parameters = [resolved(document, part)["name"] for part in operation["parameters"]]
+    assert "Idempotency-Key" in parameters
+    for status in ("400", "409", "413", "422"):
+        response = resolved(document, operation["responses"][status])
+        schema = response["content"]["application/problem+json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/Problem"}
+
+
 def test_the_service_is_as_described(sqlite_url: str, tmp_path: Path) -> None:
     """Requests that schemathesis makes up from the document find no fault in the service."""
     with serve("--database-url", sqlite_url) as server:
@@ -202,6 +215,9 @@ def test_the_service_is_as_described(sqlite_url: str, tmp_path: Path) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "schemathesis.cli"]
         command += ["--config-file", str(CONFIG), "run", url, "--checks", "all"]
         command += ["--max-examples", str(EXAMPLES), "--generation-deterministic"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        hooks = {**os.environ, "PYTHONPATH": str(CONFIG.parent)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=hooks, capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0, done.stdout
     assert "failed" not in server.log

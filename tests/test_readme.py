@@ -11,6 +11,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import serve
+from web.options import make_parser
 
 PATH = Path(serve.__file__).with_name("README.md")
 README = PATH.read_text("utf-8")
@@ -40,4 +41,4 @@ def test_its_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_its_options_exist() -> None:
     """Each option of the command line that the README names is one."""
     named = set(re.findall(r"--[a-z][a-z-]+", README)) - {"--strict", "--help"}
-    assert named <= set(re.findall(r"--[a-z][a-z-]+", serve.make_parser().format_help()))
+    assert named <= set(re.findall(r"--[a-z][a-z-]+", make_parser().format_help()))

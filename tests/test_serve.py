@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sessionscope
 from databases import Node, free_port
+from item_service import service_at
 from processes import ROOT, SERVE, Client, Process, create_many, listed, running, send, serve
 from prometheus_client.parser import text_string_to_metric_families
 from sessionscope.engines import make_engine
@@ -299,6 +300,17 @@ def test_tables_may_be_made_by_somebody_else(fresh_url: str) -> None:
     engine.dispose()
     with serve(*command) as server:
         assert send(server, "GET", "/") == (200, b'{"items": []}\n')
+
+
+def test_keys_can_be_deleted(fresh_url: str) -> None:
+    """--purge-keys deletes the idempotency keys that are older than so many days, and exits."""
+    with service_at(fresh_url) as service:
+        service.send("POST", "/", HTTP_IDEMPOTENCY_KEY="one")
+        kept = refused("--database-url", fresh_url, "--purge-keys", "1")
+        assert (kept.returncode, kept.stdout + kept.stderr) == (0, "0 idempotency keys deleted\n")
+        gone = refused("--database-url", fresh_url, "--purge-keys", "0")
+        assert (gone.returncode, gone.stdout + gone.stderr) == (0, "1 idempotency keys deleted\n")
+        assert service.rows() == [(1, "Item #1")]
 
 
 def test_it_counts_for_prometheus(sqlite_url: str) -> None:

@@ -8,7 +8,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from sessionscope.databases import driver_connection, error_code, is_unavailable
-from sessionscope.engines import is_in_memory, make_engine, make_reader
+from sessionscope.engines import make_engine, make_reader
 from sqlalchemy import Engine, Table, delete, func, insert, inspect, make_url, select
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.engine.interfaces import ReflectedColumn
@@ -21,7 +21,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from models import MAX_ID, MAX_NAME, Base, Item
+from models import MAX_ID, Base, Item
 from web.options import StartError
 
 REMEDY = "run `alembic upgrade head`, or give the service a database of its own"
@@ -133,11 +133,11 @@ def differences(table: Table, found: dict[str, ReflectedColumn], dialect: Dialec
             continue
         wanted: Any = column.type.dialect_impl(dialect)
         has: Any = found[column.name]["type"]
-        collation = getattr(wanted, "collation", None)
+        length, collation = getattr(wanted, "length", None), getattr(wanted, "collation", None)
         if has.as_generic().python_type is not wanted.python_type:
             yield f"{column.name} is {has}, not {wanted}"
-        elif (getattr(has, "length", None) or MAX_NAME) < (getattr(wanted, "length", None) or 0):
-            yield f"{column.name} has {has.length} characters, not {wanted.length}"
+        elif length and (getattr(has, "length", None) or length) < length:
+            yield f"{column.name} has {has.length} characters, not {length}"
         elif collation and has.collation != collation:
             yield f"{column.name} has the collation {has.collation}, not {collation}"
     for name in found.keys() - table.columns.keys():
@@ -151,20 +151,18 @@ def make_probe(url: URL, reader_url: URL | None = None) -> Callable[[], None]:
     It uses connections of its own, so it waits for no pool and finds none stale.  It inserts a
     row, deletes it in the same transaction and commits, because a full disk shows only there.
     """
-    if is_in_memory(url):  # it has no other connection, and lives as long as its process
+    writer, reader = make_engine(url, pool_size=1), make_reader(reader_url or url, pool_size=1)
+    if reader is None:  # in memory there is no other connection, and it lives as long as we do
         return lambda: None
-    writer = make_engine(url, pool_size=1)
-    reader = make_reader(reader_url, pool_size=1) if reader_url else None
 
     def probe() -> None:
         try:
             write_and_delete(writer)
-            if reader is not None:
-                with reader.connect() as connection:
-                    connection.execute(select(Item.id, Item.name).limit(1))
+            with reader.connect() as connection:
+                connection.execute(select(Item.id, Item.name).limit(1))
         finally:
-            for engine in filter(None, (writer, reader)):
-                engine.dispose()
+            writer.dispose()
+            reader.dispose()
 
     return probe
 

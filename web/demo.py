@@ -92,24 +92,21 @@ class Outcomes:
 
     def events(self, last: int, may_wait: bool) -> Iterator[bytes]:
         waits = may_wait and self.free is not None and self.free.acquire(blocking=False)
-        end = monotonic() + (DURATION if waits else 0)
+        began, left = monotonic(), 0.0
         try:
             yield f"retry: {PAUSE}\n\n".encode()
-            while True:
-                for last, shown in self.after(last, end):
+            while left >= 0:
+                for last, shown in self.after(last, left):
                     yield b"id: %d\ndata: %b\n\n" % (last, shown)
-                if monotonic() >= end:
-                    return
+                left = began + DURATION - monotonic() if waits else -1
         finally:
             if waits and self.free is not None:
                 self.free.release()
 
-    def after(self, last: int, end: float) -> list[tuple[int, bytes]]:
-        """Return the outcomes after *last*; wait for one until *end*."""
+    def after(self, last: int, seconds: float) -> list[tuple[int, bytes]]:
+        """Return the outcomes after *last*; wait so long for one."""
         with self.changed:
-            self.changed.wait_for(
-                lambda: self.kept and self.kept[-1][0] > last, end - monotonic()
-            )
+            self.changed.wait_for(lambda: self.kept and self.kept[-1][0] > last, seconds)
             return [each for each in self.kept if each[0] > last]
 
 

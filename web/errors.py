@@ -56,9 +56,14 @@ def response_to(error: Exception, environ: WSGIEnvironment) -> Response:
     request = f"{environ['REQUEST_METHOD']} {environ.get('PATH_INFO', '')!r}"
     if isinstance(error, CommitOutcomeUnknown):
         log.error("%s: the outcome is unknown", request, exc_info=error)
-        # No Retry-After: what may have been done must not be done again blindly.
-        message = "the database was lost while it stored this: it may have been done, or not"
-        return HTTPError(503, message, {"Commit-Outcome": "unknown"}).response()
+        message = "the database was lost while it stored this: it may have been done, or not; "
+        headers = {"Commit-Outcome": "unknown"}
+        if "HTTP_IDEMPOTENCY_KEY" in environ:
+            headers["Retry-After"] = "1"
+            message += "repeat it with the same Idempotency-Key, which does it once"
+        else:  # no Retry-After
+            message += "look before you repeat it"
+        return HTTPError(503, message, headers).response()
     if is_unavailable(error):
         log.warning("%s: the database is not available: %s", request, error)
         return HTTPError(503, "the database is not available", {"Retry-After": "1"}).response()

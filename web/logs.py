@@ -57,13 +57,13 @@ class Exchange:
         return 0 if self.outcome is None else self.outcome.attempts
 
     def fields(self) -> dict[str, object]:
-        """Return what the log tells; nothing that a client sends can break its line."""
+        """Return what the log tells; nothing that a client sends breaks its line or fills it."""
         target = quote(self.path or "/", "/!$&'()*+,;=:@~", "latin-1", "replace")
         if self.query:
             target += "?" + quote(self.query, "/!$&'()*+,;=:@~?%", "latin-1", "replace")
         return {
             "client": self.client,
-            "request": f"{self.method} {target} {self.protocol}",
+            "request": f"{self.method[:99]} {target[:999]} {self.protocol}",
             "status": self.status[:3],
             "bytes": self.bytes,
             "ms": round(self.seconds * 1000, 1),

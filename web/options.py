@@ -32,6 +32,12 @@ def make_parser() -> argparse.ArgumentParser:
     database.add("--reader-url", "", "where to read, a replica for instance", metavar="URL")
     database.add_flag("--create-tables", True, "create the tables that are missing")
     database.add("--wait", "0", "seconds to wait for the database", type=_number, metavar="N")
+    database.group.add_argument(
+        "--purge-keys",
+        type=_number,
+        metavar="DAYS",
+        help="delete the idempotency keys that are older, and exit",
+    )
     server = Group(parser, "server")
     server.add("--listen", "127.0.0.1:8080", LISTEN, type=_address, metavar="HOST:PORT")
     for flag, default, text in [

@@ -179,7 +179,7 @@ class Router:
 
     def match(self, environ: WSGIEnvironment) -> tuple[Resource, dict[str, int]]:
         # PEP 3333: an empty path may be missing.  Some servers collapse the slashes before it.
-        path = "/" + environ.get("PATH_INFO", "").lstrip("/")
+        path = re.sub("^(/+|$)", "/", environ.get("PATH_INFO", ""))
         literal = self.resources.get(path)
         if literal is not None and not literal.names:
             return literal, {}
