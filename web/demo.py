@@ -96,8 +96,9 @@ class Outcomes:
         try:
             yield f"retry: {PAUSE}\n\n".encode()
             while left >= 0:
-                for last, shown in self.after(last, left):
-                    yield b"id: %d\ndata: %b\n\n" % (last, shown)
+                for number, shown in self.after(last, left):
+                    yield b"id: %d\ndata: %b\n\n" % (number, shown)
+                    last = number
                 left = began + DURATION - monotonic() if waits else -1
         finally:
             if waits and self.free is not None:
