@@ -72,7 +72,8 @@ def test_a_failure_leaves_nothing_behind(
         assert service.rows() == []
         service.client.post("/", status=200)
         assert len(service.rows()) == 1
-        stream = service.send("GET", "/demo/outcomes", **{"wsgi.multithread": False})
+        options: dict[str, Any] = {"wsgi.multithread": False}
+        stream = service.send("GET", "/demo/outcomes", **options)
         told = [(event["path"], event["action"]) for event in events(stream.content)]
         assert told == [(f"/demo/{name}", "rollback"), ("/", "commit")]
 

@@ -257,7 +257,7 @@ function show({ items, total, position, isLast }, { name }) {
   empty.textContent = name
     ? `No name begins with ${quote(name)}.`
     : "There is nothing here yet. Add the first item above.";
-  if (!focused.isConnected) heading.focus({ preventScroll: true });
+  (focused.isConnected ? focused : heading).focus({ preventScroll: true });
 }
 
 /** Which items are shown, of how many: “21–40 of 2,500”. */
