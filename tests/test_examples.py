@@ -47,7 +47,7 @@ waitress.serve(module.application, listen="127.0.0.1:" + os.environ["PORT"])
 """
 
 SERVICES = {
-    "webob": f"python {shlex.quote(str(ROOT / 'serve.py'))} --listen 127.0.0.1:8080",
+    "webob": f"python {shlex.quote(str(ROOT / 'serve.py'))} --listen 127.0.0.1:8080 --log-level debug",
     "flask": "python examples/flask_items.py",
     "flask-sqlalchemy": "python examples/flask_sqlalchemy_items.py",
     "gunicorn": "gunicorn examples.flask_items:application",
@@ -118,6 +118,8 @@ class Service:
     def forget(self) -> None:
         """Begin again, with no item and no line in the log."""
         self.query("DROP TRIGGER IF EXISTS refuse", "DELETE FROM items")
+        if self.query("SELECT * FROM sqlite_master WHERE name = 'sqlite_sequence'"):
+            self.query("DELETE FROM sqlite_sequence")  # AUTOINCREMENT begins again
         self.begin = len(self.log.read_text("utf-8"))
 
     def logged(self, line: str) -> bool:

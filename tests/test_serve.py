@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import sessionscope
-from databases import Node, free_port
+from databases import Node, free_port, until
 from item_service import service_at
 from processes import ROOT, SERVE, Client, Process, create_many, listed, running, send, serve
 from prometheus_client.parser import text_string_to_metric_families
@@ -457,6 +457,24 @@ def test_gunicorn_runs_many_workers(gunicorn: Process) -> None:
     ids = create_many(gunicorn, clients=8, each=10)
     assert len(set(ids)) == 80
     assert listed(gunicorn) == sorted(ids)
+
+
+def test_gunicorn_logs_as_well(gunicorn: Process) -> None:
+    """Where nothing configures logging there is a line for each request, too."""
+    send(gunicorn, "GET", "/livez")
+    gunicorn.process.terminate()
+    gunicorn.process.wait(PATIENCE)
+    until(lambda: '"GET /livez HTTP/1.1" 200' in gunicorn.log, "the line")
+
+
+@pytest.mark.parametrize(("path", "status"), [("//1", 200), ("/1/", 404)])
+def test_gunicorn_knows_the_same_paths(path: str, status: int, gunicorn: Process) -> None:
+    """Slashes too many are answered as they are on waitress, which leaves some out."""
+    send(gunicorn, "POST", "/")
+    assert send(gunicorn, "GET", path)[0] == status
+    with serve("--database-url", "sqlite://") as waitress:
+        send(waitress, "POST", "/")
+        assert send(waitress, "GET", path)[0] == status
 
 
 def test_gunicorn_takes_a_body_of_unknown_length(gunicorn: Process) -> None:

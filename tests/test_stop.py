@@ -16,7 +16,7 @@ from support import PATIENCE, drop_tables, names
 
 from web.database import create_tables
 
-both_signals = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+each_signal = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def wait_until_refused(server: Process) -> None:
         time.sleep(0.02)
 
 
-@both_signals
+@each_signal
 def test_what_runs_is_finished(how: signal.Signals, postgresql_url: str, rival: Connection) -> None:
     """Told to stop, the server accepts nobody, answers the request that runs, and exits with 0."""
     with serve("--database-url", postgresql_url) as server, ThreadPoolExecutor() as threads:
