@@ -19,8 +19,8 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 
 from models import keys
 from resources import make_app
-from web.demo import add_demo
 from web.database import make_probe, open_database, parse_url
+from web.demo import add_demo
 from web.errors import errors_as_json
 from web.logs import AccessLog, Exchange, configure_logging, log_exchange, observe
 from web.options import StartError, make_parser

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from threading import BoundedSemaphore, Condition
+from threading import Condition, Semaphore
 from time import monotonic, time_ns
 
 import msgspec
@@ -63,7 +63,7 @@ class Outcomes:
         self.changed = Condition()
         self.kept: deque[tuple[int, bytes]] = deque(maxlen=KEPT)
         self.number = time_ns() // 1000  # beyond those of an earlier process
-        self.free = BoundedSemaphore(streams) if streams else None
+        self.free = Semaphore(streams)
 
     def add(self, exchange: Exchange) -> None:
         """Keep what became of a request's session, if it used one."""
@@ -91,7 +91,7 @@ class Outcomes:
         return Response(200, HEADERS, self.events(number, may_wait))
 
     def events(self, last: int, may_wait: bool) -> Iterator[bytes]:
-        waits = may_wait and self.free is not None and self.free.acquire(blocking=False)
+        waits = may_wait and self.free.acquire(blocking=False)
         began, left = monotonic(), 0.0
         try:
             yield f"retry: {PAUSE}\n\n".encode()
@@ -101,7 +101,7 @@ class Outcomes:
                     last = number
                 left = began + DURATION - monotonic() if waits else -1
         finally:
-            if waits and self.free is not None:
+            if waits:
                 self.free.release()
 
     def after(self, last: int, seconds: float) -> list[tuple[int, bytes]]:
