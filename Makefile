@@ -6,13 +6,15 @@
 # make suites    other projects' test suites, with every application wrapped
 # make docs      the documentation, as pages in build/docs
 # make bench     what a request costs and where, beside other ways; valgrind counts instructions
+# make storm     clients that hang up, workers that are killed: is each payment made once?
+# make field     servers, engines and applications in combination, for a quarter of an hour
 # make fuzz      schemathesis against the service on PostgreSQL, for minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := pytest -q --numprocesses 2 --dist loadgroup --ignore tests/packaging
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check suites docs bench fuzz test-matrix clean
+.PHONY: help serve test test-all check suites docs bench storm field fuzz test-matrix clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -40,6 +42,12 @@ suites: .venv/installed-dev
 
 docs: .venv/installed-dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs build/docs
+
+storm: .venv/installed-dev
+	PYTHONPATH=. $(BIN)/python tests/storm.py
+
+field: .venv/installed-dev
+	PYTHONPATH=. $(BIN)/python tests/field.py
 
 fuzz: .venv/installed-dev
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py

@@ -29,6 +29,7 @@ TEST = [
     *MYSQL,
     "a2wsgi>=1.10",
     "alembic>=1.13",
+    "apig-wsgi>=2.19",
     "axe-playwright-python>=0.1.4",
     "bottle>=0.13",
     "coverage>=7.10",
@@ -52,7 +53,9 @@ TEST = [
     "pytest-xdist>=3.6",
     "pyuwsgi>=2.0.28",
     "schemathesis>=4",
+    "starlette>=0.40",
     "sybil>=9",
+    "uvicorn>=0.30",
     "WebTest>=3.0",
 ]
 BENCH = [*APP, "Flask>=3.1", "repoze.tm2>=2.2", "zope.sqlalchemy>=3"]

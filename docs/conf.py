@@ -20,9 +20,10 @@ graphviz_output_format = "svg"
 
 # What is of others: without the network there is nothing that a link could be made from.
 nitpick_ignore_regex = [
-    ("py:class", r"collections\.abc\..*|sqlalchemy\..*|Engine|Session|WSGI.*"),
+    ("py:class", r"collections\.abc\..*|sqlalchemy\..*|Engine|Session|Table|WSGI.*|timedelta"),
+    ("any", r"sqlalchemy\.Table|timedelta"),
     ("py:exc", r"sqlalchemy\..*"),
-    ("py:class", "Action|Callback|CommitWhen|Headers|Registry"),  # names for types
+    ("py:class", "Action|Callback|CommitWhen|Context|Headers|Registry"),  # names for types
 ]
 
 html_theme = "furo"

@@ -107,7 +107,7 @@ class Call:
             self.head.send(self.server_start_response)
 
     def replace_head(self) -> None:
-        """Take back a head that the server got before COMMIT failed: uWSGI would send it."""
+        """Take back a head that the server got: uWSGI sends even one that it has refused."""
         if self.head is not None and self.head.sent:
             headers = [("Content-Length", "0")]
             with suppress(Exception):

@@ -87,6 +87,7 @@ class Attempt:
         except BaseException as error:
             try:
                 retry = self.middleware.should_retry(self, error)
+                self.call.replace_head()
                 self.discard_response(error, quietly=retry)
             finally:
                 self.release()  # also when an interrupt struck in the line above
@@ -158,8 +159,6 @@ class Attempt:
             self.error = error
             log.exception("%s: %s", str(self.name), failure_of(self.unit))
             self.context.run(self.unit.rollback, error)
-            if not self.returned:
-                self.call.replace_head()
             raise
 
     def roll_back(self, error: BaseException | None) -> None:

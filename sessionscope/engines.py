@@ -7,13 +7,11 @@ Both survive a fork: a child process opens connections of its own.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from typing import Any
-from weakref import WeakSet
 
 from sessionscope.databases import is_in_memory
-from sessionscope.forks import leave_to_parent
+from sessionscope.forks import survive_forks
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
@@ -61,18 +59,6 @@ _MARIADB_SETTINGS = {
     "wsrep_sync_wait": "7",
     "innodb_lock_wait_timeout": "10",
 }
-
-
-_ours: WeakSet[Engine] = WeakSet()
-
-
-def _leave_connections_to_parent() -> None:
-    """Give each of our engines a new pool in a child process."""
-    for engine in list(_ours):
-        leave_to_parent(engine)
-
-
-os.register_at_fork(after_in_child=_leave_connections_to_parent)
 
 
 def make_engine(url: str | URL, *, pool_size: int = 8) -> Engine:
@@ -168,8 +154,7 @@ def _sqlite_engine(url: URL, drivername: str, pragma: str, *, pool_size: int) ->
             dbapi_connection.execute(f"PRAGMA {setting}")
         _set_when_free(dbapi_connection, pragma)
 
-    if not is_in_memory(url):  # which lives in this one connection, in the child, too
-        _ours.add(engine)
+    survive_forks(engine)
     return engine
 
 
@@ -205,7 +190,7 @@ def _server_engine(url: URL, **options: Any) -> Engine:
         event.listen(engine, "connect", _configure_mariadb)
     if several:
         _try_each(engine, [several] if isinstance(several, str) else list(several))
-    _ours.add(engine)
+    survive_forks(engine)
     return engine
 
 

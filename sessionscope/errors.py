@@ -33,6 +33,7 @@ def swallowed(what: str) -> TransactionDoomed:
 def closed_with_work(place: str) -> str:
     """Return what is said of a line that closed the session too early."""
     return (
-        f"{place} closed the session while it held a transaction, which threw its work away; "
-        "delete that line: the session is closed when the response is complete"
+        f"{place} closed the session while it held a transaction, which threw its work away. "
+        "Delete that line, since the session is closed when the response is complete; if its "
+        "work was to be discarded, call rollback() instead"
     )

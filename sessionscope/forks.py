@@ -2,7 +2,8 @@
 
 Two processes must not talk on one socket, nor use one SQLite connection
 (https://docs.sqlalchemy.org/en/20/core/pooling.html, "Using Connection Pools with
-Multiprocessing or os.fork()").
+Multiprocessing or os.fork()").  ``os.register_at_fork`` does not help: uWSGI forks in C, and
+runs such hooks only if it is told to.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from typing import Any
 
 from sessionscope.databases import is_in_memory
 from sqlalchemy import Connection, Engine, Pool, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 
 log = logging.getLogger("sessionscope")
 
 _PROCESS = "sessionscope.process"
 """The key in ``Connection.info`` that holds the process that opened the connection."""
 
-_inherited: list[Pool] = []
-"""Pools of the parent.  SQLite's connections must not even be closed in a child
-(https://www.sqlite.org/howtocorrupt.html, 2.6), so they are kept."""
+_inherited: list[object] = []
+"""What is kept of the parent, since SQLite's connections must not even be closed in a child
+(https://www.sqlite.org/howtocorrupt.html, 2.6)."""
 
 
 class InheritedConnection(Exception):
@@ -34,16 +35,23 @@ def _note_process(dbapi_connection: object, record: Any) -> None:
     record.info[_PROCESS] = os.getpid()
 
 
-def leave_to_parent(engine: Engine) -> None:
-    """Give *engine* a new pool, and leave the connections of the old one alone."""
-    _inherited.append(engine.pool)
-    engine.dispose(close=False)
+def survive_forks(engine: Engine) -> None:
+    """Have *engine* open connections of its own in a child process."""
+    if not is_in_memory(engine.url):  # which lives in its one connection, in a child, too
+        event.listen(engine, "checkout", _leave_to_parent)
 
 
-def inherited(connection: Connection) -> DBAPIError | None:
+def _leave_to_parent(dbapi_connection: object, record: Any, fairy: Any) -> None:
+    if record.info[_PROCESS] != os.getpid():
+        _inherited.append(dbapi_connection)
+        record.dbapi_connection = fairy.dbapi_connection = None
+        raise DisconnectionError("the connection was opened in another process")
+
+
+def refusal(connection: Connection) -> DBAPIError | None:
     """Return the error to raise if *connection* was opened in another process.
 
-    The engine then has a new pool, so another attempt goes well.
+    Its engine then has a new pool, so another attempt goes well.
     """
     process, engine = connection.info.get(_PROCESS), connection.engine
     if process in (None, os.getpid()) or is_in_memory(engine.url):
@@ -54,6 +62,7 @@ def inherited(connection: Connection) -> DBAPIError | None:
         engine,
         process,
     )
-    leave_to_parent(engine)
+    _inherited.append(engine.pool)
+    engine.dispose(close=False)
     error = InheritedConnection(f"the connection belongs to process {process}")
     return DBAPIError("BEGIN", None, error, connection_invalidated=True)

@@ -68,6 +68,7 @@ class Idempotency:
     ===  =========================================================================
     400  the key is malformed, or required and missing; the body is incomplete
     409  a request with this key is running, or was carried out, its response not kept
+    411  the body has no Content-Length, and the server does not say where it ends
     413  the body has more than *limit* bytes
     422  the key was used for another request
     ===  =========================================================================

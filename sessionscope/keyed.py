@@ -12,7 +12,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from sessionscope.response import is_success
+from sessionscope.response import Head, is_success
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -31,6 +31,7 @@ NOT_STORED = frozenset({"date", "set-cookie"})
 PHRASES = {
     400: "Bad Request",
     409: "Conflict",
+    411: "Length Required",
     413: "Content Too Large",
     422: "Unprocessable Content",
 }
@@ -93,7 +94,8 @@ def read_body(environ: WSGIEnvironment, limit: int) -> bytes:
     """Read the body of the request.
 
     :param limit: bytes that it may have; at most one more is read.
-    :raises Problem: 400 if it is incomplete, 413 if it is too long.
+    :raises Problem: 400 if it is incomplete, 413 if it is too long, 411 if the server does not
+        say where it ends.
     """
     length = environ.get("CONTENT_LENGTH") or ""
     too_long = Problem(413, f"A request with an Idempotency-Key may have at most {limit} bytes")
@@ -101,8 +103,10 @@ def read_body(environ: WSGIEnvironment, limit: int) -> bytes:
         raise Problem(400, "Content-Length must be a number")
     if len(length) > 18 or (length and int(length) > limit):
         raise too_long
-    # Without a length, a read could wait for ever, unless the server knows where the body ends.
-    ends = "HTTP_TRANSFER_ENCODING" in environ or environ.get("wsgi.input_terminated")
+    ends = environ.get("wsgi.input_terminated")
+    if not length and not ends and "HTTP_TRANSFER_ENCODING" in environ:
+        # Reading could wait for ever, or not give what the application would get.
+        raise Problem(411, "With an Idempotency-Key, a body needs a Content-Length here")
     wanted = int(length) if length else (limit + 1 if ends else 0)
     body = b""
     while len(body) < wanted and (piece := environ["wsgi.input"].read(wanted - len(body))):
@@ -183,7 +187,9 @@ class Recording:
             head = "\r\n".join(lines).encode("latin-1")
         except (AttributeError, TypeError, ValueError):
             return None  # the server says what it thinks of such headers
-        written = head + b"\r\n\r\n" + b"".join(self.chunks)
+        # What is beyond the Content-Length was dropped on its way, and a 204 has no body.
+        length = Head("", str(self.status), self.headers, None).length
+        written = head + b"\r\n\r\n" + b"".join(self.chunks)[:length]
         is_plain = len(re.split(b"[\r\n]+", head)) == len(lines)
         return written if is_plain and len(written) <= MAX_RESPONSE else None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from sessionscope import databases
-from sessionscope.forks import inherited
+from sessionscope.forks import refusal
 from sessionscope.stage import log
 from sessionscope.states import State
 from sqlalchemy import event
@@ -84,7 +84,7 @@ class Participant:
 
     def refuse_if_inherited(self) -> None:
         """Refuse to work on a connection that another process opened."""
-        error = inherited(self.connection)
+        error = refusal(self.connection)
         if error is not None:
             self.aborted = True
             self.owner.note_error(error)

@@ -392,7 +392,12 @@ class PostgreSQL(Node):
 
 
 def postgresql_programs(folder: Path) -> Path:
-    """The folder of PostgreSQL's programs: the machine's, or else those of a wheel."""
+    """The folder of PostgreSQL's programs: the machine's, or else those of a wheel.
+
+    With POSTGRESQL=wheel in the environment they are the wheel's, which is PostgreSQL 18.
+    """
+    if os.environ.get("POSTGRESQL") == "wheel":
+        return wheel_programs(folder)
     machine = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     try:
         return Path(find("initdb", *machine)).parent
@@ -535,7 +540,9 @@ def mariadb() -> Iterator[Node]:
 
 
 @contextmanager
-def running(command: list[str], *, user: str | None, folder: Path, port: int) -> Iterator[None]:
+def running(
+    command: list[str], *, user: str | None, folder: Path, port: int
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server of any kind while the block lasts; it is ready when its port is."""
     log = folder / "server.log"
     with log.open("wb") as output:
@@ -544,7 +551,7 @@ def running(command: list[str], *, user: str | None, folder: Path, port: int) ->
         )
     try:
         wait_for_port(process, port, log)
-        yield
+        yield process
     finally:
         process.terminate()
         try:

@@ -44,13 +44,17 @@ opened: list[io.BytesIO] = []
 PLAIN = "text/plain"
 
 
-def work(action: str) -> Any:
-    """Do what *action* says; bytes, an iterator of bytes or a file to answer with."""
+def work(action: str, body: Callable[[], bytes]) -> Any:
+    """Do what *action* says; bytes, an iterator of bytes or a file to answer with.
+
+    :param body: reads that of the request.
+    """
     if action == "read":
         return b"%d items" % registry.scalars(select(func.count(Item.id))).one()
     if action == "late":
         return stream(action)
-    item = Item(name="first")
+    name = body() if action == "named" else b"first"
+    item = Item(name=name.decode())
     registry.add(item)
     if action == "crash":
         registry.flush()
@@ -63,7 +67,7 @@ def work(action: str) -> Any:
         opened.append(io.BytesIO(b"from a file"))
         return opened[-1]
     registry.flush()
-    return b"item %d is first" % item.id
+    return b"item %d is %b" % (item.id, name)
 
 
 def stream(action: str) -> Iterator[bytes]:
@@ -82,7 +86,7 @@ def flask_app() -> flask.Flask:
 
     @app.route("/<action>", methods=["GET", "POST"])
     def view(action: str) -> flask.Response:
-        made = work(action)
+        made = work(action, flask.request.get_data)
         if action == "refuse":
             flask.abort(409)
         if action.endswith("file"):
@@ -95,7 +99,7 @@ def flask_app() -> flask.Flask:
 def pyramid_app() -> WSGIApplication:
     def view(request: Any) -> Any:
         action = request.matchdict["action"]
-        made = work(action)
+        made = work(action, lambda: request.body)
         if action == "refuse":
             raise HTTPConflict
         if isinstance(made, bytes):
@@ -114,7 +118,7 @@ def pyramid_app() -> WSGIApplication:
 def falcon_app() -> WSGIApplication:
     class Actions:
         def on_post(self, request: falcon.Request, response: falcon.Response, action: str) -> None:
-            made = work(action)
+            made = work(action, request.bounded_stream.read)
             if action == "refuse":
                 raise falcon.HTTPConflict
             response.content_type = PLAIN
@@ -134,7 +138,7 @@ def bottle_app() -> WSGIApplication:
     app = bottle.Bottle()
 
     def view(action: str) -> Any:
-        made = work(action)
+        made = work(action, bottle.request.body.read)
         if action == "refuse":
             bottle.abort(409)
         bottle.response.content_type = PLAIN
@@ -146,7 +150,7 @@ def bottle_app() -> WSGIApplication:
 
 
 def django_view(request: Any, action: str) -> Any:
-    made = work(action)
+    made = work(action, lambda: request.body)
     if action == "refuse":
         raise PermissionDenied
     if isinstance(made, bytes):

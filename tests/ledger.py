@@ -1,8 +1,9 @@
 """A ledger: what clients were told of the items that they created, against what is stored.
 
 `Load` has many clients create items, each under a name of its own and only once, and books
-what each was told.  `play` injects faults meanwhile, in an order that a seed decides.
-`audit` then compares the books with the rows that a `Store` has.
+what each was told.  Some clients send an Idempotency-Key, and repeat until they know.  `play`
+injects faults meanwhile, in an order that a seed decides.  `audit` then compares the books
+with the rows that a `Store` has.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from sqlalchemy.pool import NullPool
 from support import PATIENCE
 
 CLIENTS = 12
+
+KEYED = 6
+"""Clients besides them that send a key, and repeat what they have no answer to."""
 
 THREADS = 8
 """Requests that the service runs at once, and so its connections to the database."""
@@ -65,7 +69,7 @@ class Client:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         self.connection.auto_open = 0  # or it would ask a second time by itself
 
-    def create(self, name: str) -> Entry:
+    def create(self, name: str, key: str | None = None) -> Entry:
         """Ask once for an item of this name."""
         try:
             if self.connection.sock is None:
@@ -73,8 +77,11 @@ class Client:
         except OSError:
             return Entry(name, "refused", "no connection")
         body = json.dumps({"name": name}).encode()
+        headers = {"Content-Type": "application/json"}
+        if key is not None:
+            headers["Idempotency-Key"] = f'"{key}"'
         try:
-            self.connection.request("POST", "/", body, {"Content-Type": "application/json"})
+            self.connection.request("POST", "/", body, headers)
             response = self.connection.getresponse()
             content = json.loads(response.read())
         except (http.client.HTTPException, OSError):
@@ -82,9 +89,10 @@ class Client:
             return Entry(name, "unknown", "cut off")
         if response.status == 200:
             assert content["name"] == name, f"asked for {name!r}, got {content!r}"
-            return Entry(name, "acknowledged", "200", content["id"])
+            replayed = " replayed" if "Idempotent-Replayed" in response.headers else ""
+            return Entry(name, "acknowledged", f"200{replayed}", content["id"])
         told = [each for each in ("Commit-Outcome", "Retry-After") if each in response.headers]
-        verdict: Verdict = "unknown" if told == ["Commit-Outcome"] else "refused"
+        verdict: Verdict = "unknown" if "Commit-Outcome" in told else "refused"
         return Entry(name, verdict, " ".join([str(response.status), *told]))
 
 
@@ -92,17 +100,24 @@ _numbers = count(1)
 
 
 class Load:
-    """Clients that create items while the block runs, and their books."""
+    """Clients that create items while the block runs, and their books.
 
-    def __init__(self, port: int, clients: int = CLIENTS) -> None:
+    :param keyed: how many clients there are besides that repeat until they know.
+    :ivar answers: whatever those were told.
+    """
+
+    def __init__(self, port: int, clients: int = CLIENTS, keyed: int = 0) -> None:
         self.port = port
         self.books: dict[int, list[Entry]] = {number: [] for number in islice(_numbers, clients)}
-        self.acknowledged: dict[int, int] = dict.fromkeys(self.books, 0)
+        self.keyed: dict[int, list[Entry]] = {number: [] for number in islice(_numbers, keyed)}
+        self.answers: dict[int, Counter[str]] = {number: Counter() for number in self.keyed}
+        self.acknowledged = dict.fromkeys([*self.books, *self.keyed], 0)
         self.stopping = threading.Event()
-        self.threads = ThreadPoolExecutor(clients)
+        self.threads = ThreadPoolExecutor(clients + keyed)
 
     def __enter__(self) -> Load:
         self.running = [self.threads.submit(self._run, number) for number in self.books]
+        self.running += [self.threads.submit(self._run_keyed, number) for number in self.keyed]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -114,6 +129,10 @@ class Load:
     @property
     def entries(self) -> list[Entry]:
         return [entry for book in self.books.values() for entry in book]
+
+    @property
+    def keyed_entries(self) -> list[Entry]:
+        return [entry for book in self.keyed.values() for entry in book]
 
     def wait_for(self, more: int) -> None:
         """Wait until so many more items were acknowledged."""
@@ -135,6 +154,23 @@ class Load:
                     self.acknowledged[number] += 1
                 else:
                     self.stopping.wait(PAUSE)
+
+    def _run_keyed(self, number: int) -> None:
+        client, book = Client(self.port), self.keyed[number]
+        with closing(client.connection):
+            while not self.stopping.is_set():
+                book.append(self._create_once(client, number, f"{number}-{len(book)}"))
+                self.acknowledged[number] += 1
+
+    def _create_once(self, client: Client, number: int, name: str) -> Entry:
+        """Ask under a key of the same name until there is an answer."""
+        answers, deadline = self.answers[number], time.monotonic() + 2 * PATIENCE
+        while True:
+            entry = client.create(name, key=name)
+            answers[entry.answer] += 1
+            if entry.verdict == "acknowledged" or time.monotonic() > deadline:
+                return entry
+            time.sleep(PAUSE)
 
 
 class Service:
@@ -249,6 +285,9 @@ def audit(entries: Iterable[Entry], rows: Collection[tuple[int, str]]) -> Balanc
     return balance
 
 
+KEYS = "SELECT count(*), count(response) FROM idempotency_keys"
+
+
 class SQLiteStore:
     """What the file itself says."""
 
@@ -257,6 +296,10 @@ class SQLiteStore:
 
     def rows(self) -> list[Rows]:
         return [self._execute("SELECT id, name FROM items")]
+
+    def keys(self) -> tuple[Any, ...]:
+        """How many keys are stored, and how many responses to them."""
+        return self._execute(KEYS)[0]
 
     def open_work(self) -> bool:
         # https://www.sqlite.org/pragma.html#pragma_wal_checkpoint: its first column says
@@ -278,12 +321,15 @@ class PostgreSQLStore:
         self.primary = primary
 
     def empty(self) -> None:
-        self.primary().execute("DROP TABLE IF EXISTS items")
+        self.primary().execute("DROP TABLE IF EXISTS items, idempotency_keys")
 
     def rows(self) -> list[Rows]:
         """The items, as each server has them."""
         rows: Any = self.primary().execute("SELECT id, name FROM items")
         return [rows]
+
+    def keys(self) -> tuple[Any, ...]:
+        return self.primary().execute(KEYS)[0]
 
     def open_work(self) -> bool:
         """Whether a client has left anything open."""
@@ -317,11 +363,14 @@ class MariaDBStore:
         self.nodes = nodes
 
     def empty(self) -> None:
-        self.nodes[0].execute("DROP TABLE IF EXISTS items")
+        self.nodes[0].execute("DROP TABLE IF EXISTS items, idempotency_keys")
 
     def rows(self) -> list[Rows]:
         rows: Any = [node.execute("SELECT id, name FROM items ORDER BY id") for node in self.nodes]
         return list(rows)
+
+    def keys(self) -> tuple[Any, ...]:
+        return self.nodes[0].execute(KEYS)[0]
 
     def open_work(self) -> bool:
         transactions = "SELECT trx_id FROM information_schema.innodb_trx"

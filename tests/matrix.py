@@ -3,7 +3,8 @@
     python tests/matrix.py tests/test_outcome.py ...
 
 Pythons are looked for in PATH and among pyenv's versions.  Each gets an environment of its own,
-`.venv-3.13` for instance, and the first of them the oldest supported line of SQLAlchemy.
+`.venv-3.13` for instance, and the first of them the oldest supported line of SQLAlchemy.  The
+others run PostgreSQL 18, from a wheel.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def main(tests: list[str]) -> None:
     found = {version: python for version, python in others.items() if python is not None}
     for version in others.keys() - found.keys():
         print(f"left out, no Python {version} here")
-    requirement = OLDEST_SQLALCHEMY
+    requirement, postgresql = OLDEST_SQLALCHEMY, "machine"
     for version, python in (found or {OWN: sys.executable}).items():
-        run(version, python, requirement, tests)
-        requirement = NEWEST_SQLALCHEMY
+        run(version, python, requirement, postgresql, tests)
+        requirement, postgresql = NEWEST_SQLALCHEMY, "wheel"
 
 
 def find(version: str) -> str | None:
@@ -51,15 +52,18 @@ def candidates(version: str) -> Iterator[str]:
         yield str(python)
 
 
-def run(version: str, python: str, requirement: str, tests: list[str]) -> None:
+def run(version: str, python: str, requirement: str, postgresql: str, tests: list[str]) -> None:
     folder = Path(f".venv-{version}")
-    print(f"Python {version}, {requirement}: installing in {folder}", flush=True)
+    print(
+        f"Python {version}, {requirement}, PostgreSQL of the {postgresql}, in {folder}", flush=True
+    )
     if not (folder / "bin" / "pip").exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
     pip = [f"{folder}/bin/pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--editable", ".[test]", requirement], check=True)
     pytest = [f"{folder}/bin/pytest", "-q", "--numprocesses", "2", "--dist", "loadgroup"]
-    subprocess.run([*pytest, *tests], check=True)
+    environ = {**os.environ, "POSTGRESQL": postgresql}
+    subprocess.run([*pytest, *tests], env=environ, check=True)
 
 
 if __name__ == "__main__":

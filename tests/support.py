@@ -169,20 +169,26 @@ class Answer:
     complete: bool
 
 
-def fetch(port: int, method: str = "GET", path: str = "/", body: bytes | None = None) -> Answer:
+def fetch(
+    port: int,
+    method: str = "GET",
+    path: str = "/",
+    body: bytes | None = None,
+    headers: dict[str, str] | None = None,
+) -> Answer:
     """Make one request over a real socket."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
-        connection.request(method, path, body)
+        connection.request(method, path, body, headers or {})
         try:
             response = connection.getresponse()
         except (http.client.BadStatusLine, ConnectionError):
             return Answer(None, {}, b"", complete=False)
-        headers = {name.lower(): value for name, value in response.getheaders()}
+        found = {name.lower(): value for name, value in response.getheaders()}
         try:
-            return Answer(response.status, headers, response.read(), complete=True)
+            return Answer(response.status, found, response.read(), complete=True)
         except (http.client.IncompleteRead, ConnectionError) as error:
-            return Answer(response.status, headers, getattr(error, "partial", b""), complete=False)
+            return Answer(response.status, found, getattr(error, "partial", b""), complete=False)
     finally:
         connection.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -29,12 +30,19 @@ from django.test import override_settings
 from django.urls import path
 from flask import Flask
 from prometheus_client.metrics import MetricWrapperBase
-from sessionscope import SessionMiddleware, engines, pastedeploy, pytest_plugin, testing
+from sessionscope import (
+    SessionMiddleware,
+    engines,
+    idempotency,
+    pastedeploy,
+    pytest_plugin,
+    testing,
+)
 from sqlalchemy import Engine, create_engine, event, func, insert, select
 from sqlalchemy import text as sql
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from support import Server, environ, serve_once
+from support import Server, environ, serve_once, serving
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
@@ -317,6 +325,39 @@ def test_events_hold_no_connection(reader: Reader) -> None:
     outside.dispose()
 
 
+def test_a_client_asks_until_it_knows(reader: Reader) -> None:
+    """The client on the page gets its answer though two got lost, and there is one order."""
+    names = reader.run("exactly-once")
+    before, lost = reader.orders(), count(1)
+
+    def losing_answers(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
+        answer = names["application"](environ, start_response)
+        if next(lost) < 3:
+            raise RuntimeError("after COMMIT, on purpose")
+        return answer
+
+    with serving(losing_answers) as port:
+        status, content = names["order_a_lamp"](f"127.0.0.1:{port}")
+    assert (status, next(lost)) == (200, 4)
+    assert json.loads(content) == {"id": len(before) + 1}
+    assert reader.orders() == [*before, "lamp"]
+
+
+def test_flask_sqlalchemy_orders_once(reader: Reader) -> None:
+    """The keys of a Flask-SQLAlchemy application work in its context, as the page shows."""
+    names = reader.run("exactly-once")
+    store, db = names["store"], names["db"]
+    calls = count(1)
+    store.add_url_rule("/", view_func=lambda: str(next(calls)), methods=["POST"])
+    with store.app_context():
+        db.create_all()
+    for _ in range(2):
+        answer = TestApp(store).post("/", headers={"Idempotency-Key": "one"}, status=200)
+        assert answer.text == "1"
+    with store.app_context():
+        db.engine.dispose()
+
+
 def test_callbacks_work_after_the_commit(reader: Reader) -> None:
     """The worker's callback changed its order, and a message is stored before it is announced."""
     names = reader.run("after-commit")
@@ -595,7 +636,9 @@ def test_no_link_of_a_page_is_broken(page: str) -> None:
         assert (DOCS / "".join(link)).is_file(), link
 
 
-@pytest.mark.parametrize("module", [sessionscope, engines, testing, pytest_plugin, pastedeploy])
+@pytest.mark.parametrize(
+    "module", [sessionscope, engines, idempotency, testing, pytest_plugin, pastedeploy]
+)
 def test_the_interface_is_complete(module: ModuleType, site: Path) -> None:
     """Each public name of the library is on the page of its interface."""
     targets = Links(site / "interface.html").targets

@@ -5,6 +5,7 @@ One suite for all of them and for our own service: it cannot tell which framewor
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -47,7 +48,7 @@ waitress.serve(module.application, listen="127.0.0.1:" + os.environ["PORT"])
 """
 
 SERVICES = {
-    "webob": f"python {shlex.quote(str(ROOT / 'serve.py'))} --listen 127.0.0.1:8080 --log-level debug",
+    "webob": f"LOG_LEVEL=debug python {shlex.quote(str(ROOT / 'serve.py'))} --listen 8080",
     "flask": "python examples/flask_items.py",
     "flask-sqlalchemy": "python examples/flask_sqlalchemy_items.py",
     "gunicorn": "gunicorn examples.flask_items:application",
@@ -64,6 +65,8 @@ SERVICES = {
 
 LOGGING = [name for name in SERVICES if name not in ("gunicorn", "granian")]
 """Those that show the log of the library; the other two show their own alone."""
+
+ONCE = "python examples/orders_once.py"
 
 WORKER = "python examples/worker.py lamp table,,chair shelf,books"
 
@@ -198,7 +201,7 @@ def test_every_command_is_run() -> None:
         r"^#? {4,5}((?:PYTHONPATH=\S+ )?(?:python|pserve|gunicorn|granian) .+)$", re.M
     )
     found = {command for path in SCRIPTS for command in given.findall(path.read_text("utf-8"))}
-    assert found == {*SERVICES.values(), WORKER} - {SERVICES["webob"], SERVICES["mod_wsgi"]}
+    assert found == {*SERVICES.values(), ONCE, WORKER} - {SERVICES["webob"], SERVICES["mod_wsgi"]}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -279,6 +282,37 @@ def test_another_database_is_a_url(
             connection.execute(text("DROP TABLE IF EXISTS items"))
         engine.dispose()
     assert [*tmp_path.rglob("items.db")] == []
+
+
+def order(port: int, key: str, caller: str = "ada", cents: int = 4900) -> tuple[Any, ...]:
+    """Order a lamp under a key; the status, whether it is a replay, and the JSON."""
+    headers = {
+        "Authorization": caller,
+        "Content-Type": "application/x-www-form-urlencoded",
+        "Idempotency-Key": key,
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    with closing(connection):
+        connection.request("POST", "/", f"item=lamp&cents={cents}", headers)
+        response = connection.getresponse()
+        replayed = response.headers.get("Idempotent-Replayed")
+        return response.status, replayed, json.loads(response.read())
+
+
+def test_an_order_is_paid_once(tmp_path: Path) -> None:
+    """A repeat gets the first answer; another caller, or another price, does not."""
+    lamp = {"item": "lamp", "paid": 4900}
+    with running(ONCE, tmp_path) as service:
+        assert order(service.port, '"8e03978e"') == (201, None, {"id": 1, **lamp})
+        assert order(service.port, '"8e03978e"') == (201, "true", {"id": 1, **lamp})
+        assert order(service.port, '"8e03978e"', "bob") == (201, None, {"id": 2, **lamp})
+        assert order(service.port, '"8e03978e"', cents=1)[0] == 422
+        assert service.logged("POST '/': replayed")
+    with closing(sqlite3.connect(tmp_path / "orders.db")) as connection:
+        assert connection.execute("SELECT id, cents FROM orders").fetchall() == [
+            (1, 4900),
+            (2, 4900),
+        ]
 
 
 def test_the_worker_stores_whole_orders_and_announces_them(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from keyed_service import Service, code, is_replay, key_table, keys, rows, sent
+from sessionscope.engines import make_engine
 from sessionscope.idempotency import purge
 from sessionscope.testing import isolated
 from sqlalchemy import (
@@ -21,9 +22,11 @@ from sqlalchemy import (
     event,
     insert,
     make_url,
+    select,
 )
 from sqlalchemy import text as sql
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import (
     drop_tables,
     make_tables,
@@ -122,6 +125,63 @@ def test_purges_may_run_beside_each_other(any_service: Service, any_engine: Engi
         ]
         assert sum(count.result() for count in counts) == 300
     assert rows(any_engine) == []
+
+
+@pytest.mark.parametrize("any_url", ["postgresql"], indirect=True)
+def test_a_key_that_is_purged_while_it_is_looked_for(
+    any_service: Service, any_engine: Engine, any_url: str
+) -> None:
+    """A repeat that finds its row gone is told to come again, and then it is new."""
+    other = make_engine(any_url)
+    any_service.post()
+
+    def meanwhile(_1: object, _2: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT") and any_service.calls == 1:
+            with other.begin() as connection:
+                connection.execute(keys.delete())
+
+    event.listen(any_engine, "after_cursor_execute", meanwhile)
+    refused = any_service.post()
+    event.remove(any_engine, "after_cursor_execute", meanwhile)
+    assert (code(refused), dict(refused.headers)["Retry-After"]) == (409, "1")
+    assert (code(any_service.post()), any_service.calls) == (201, 2)
+    other.dispose()
+
+
+@pytest.mark.parametrize(("conflicts", "fails"), [(1, False), (4, False), (5, True)])
+@pytest.mark.parametrize("any_url", ["postgresql"], indirect=True)
+def test_purge_begins_a_batch_again(
+    conflicts: int, fails: bool, any_service: Service, any_engine: Engine, any_url: str
+) -> None:
+    """A batch that conflicts with another purge is tried five times."""
+    old_keys(any_engine, 9)
+    other = make_engine(any_url)
+    strict = make_engine(any_url).execution_options(isolation_level="REPEATABLE READ")
+    left = iter(range(conflicts))
+
+    @event.listens_for(strict, "before_cursor_execute")
+    def meanwhile(_1: object, _2: object, statement: str, *_: object) -> None:
+        if statement.startswith("DELETE") and next(left, None) is not None:
+            oldest = select(keys.c.id).order_by(keys.c.created).limit(1).scalar_subquery()
+            with other.begin() as connection:
+                connection.execute(keys.delete().where(keys.c.id == oldest))
+
+    registry: Registry = scoped_session(sessionmaker(strict))
+    if fails:
+        with pytest.raises(DBAPIError):
+            purge(registry, keys, timedelta(0))
+    else:
+        assert purge(registry, keys, timedelta(0)) == 9 - conflicts
+    other.dispose()
+    strict.dispose()
+
+
+def test_purge_raises_what_is_no_conflict(service: Service, engine: Engine) -> None:
+    """An error that another attempt would not cure is raised at once."""
+    keys.drop(engine)
+    with pytest.raises(OperationalError, match="no such table"):
+        purge(service.registry, keys, timedelta(0))
+    keys.create(engine)
 
 
 def test_a_copy_of_the_table_tells_no_key(any_service: Service, any_engine: Engine) -> None:

@@ -654,6 +654,7 @@ def test_a_preflight_is_answered(shared: Service) -> None:
     assert reply.status == "204 No Content"
     assert "PUT" in headers["Access-Control-Allow-Methods"]
     assert "If-Match" in headers["Access-Control-Allow-Headers"]
+    assert shared.send("GET", "/", HTTP_ORIGIN=SHOP, **asked).status == "200 OK"
     other = dict(shared.send("OPTIONS", "/1", HTTP_ORIGIN="https://c.example", **asked).headers)
     assert not [name for name in other if name.startswith("Access-Control")]
 

@@ -20,6 +20,7 @@ import pytest
 from clusters import GaleraCluster, PostgreSQLCluster
 from databases import Node, until
 from ledger import (
+    KEYED,
     THREADS,
     Entry,
     Faults,
@@ -40,6 +41,9 @@ pytestmark = pytest.mark.long
 
 SEED = int(os.environ.get("LEDGER_SEED", "1"))
 
+USUAL = {"200", "503 Retry-After", "503 Commit-Outcome", "cut off", "no connection"}
+"""What a client without a key may be told."""
+
 Keep = Callable[..., None]
 
 
@@ -51,29 +55,38 @@ def in_words(counts: Mapping[str, int]) -> str:
 def keep(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Keep:
     """Keep a ledger of *service* while there are *faults*, and print what it comes to.
 
-    Fails where the books are wrong, where the service answers anything but 200 and 503, and
-    where anything stays open in *store*.
+    Fails where the books are wrong, where the service answers anything but 200 and 503, where
+    a client with a key is left without its answer, and where anything stays open in *store*.
     """
 
     def keep(service: Service, store: Store, faults: Faults, seconds: float) -> None:
         seconds = float(os.environ.get("LEDGER_SECONDS", seconds))
         began = time.monotonic()
         with service:
-            with Load(service.port) as load:
+            with Load(service.port, keyed=KEYED) as load:
                 injected = play(load, faults, SEED, seconds)
             took, entries = time.monotonic() - began, load.entries
             entries += leave_nothing_open(service, store)
         rows = store.rows()
         until(lambda: store.rows() == rows[:1] * len(rows), "all servers to have the same")
-        balance, answers = audit(entries, rows[0]), Counter(entry.answer for entry in entries)
+        once = {entry.name for entry in load.keyed_entries}
+        balance = audit(entries, [row for row in rows[0] if row[1] not in once])
+        keyed = audit(load.keyed_entries, [row for row in rows[0] if row[1] in once])
+        answers = Counter(entry.answer for entry in entries)
+        repeated = sum(load.answers.values(), Counter[str]())
         with capsys.disabled():
             print(
                 f"\n{request.node.name}, seed {SEED}, {took:.0f} s: {balance}; "
                 f"answers: {in_words(answers)}; faults: {in_words(injected)}"
+                f"\nwith keys: {keyed}; answers: {in_words(repeated)}"
             )
         assert balance.is_right, balance
-        usual = {"200", "503 Retry-After", "503 Commit-Outcome", "cut off", "no connection"}
-        assert answers.keys() <= usual
+        assert answers.keys() <= USUAL
+        assert keyed.is_right, keyed
+        assert (keyed.refused, keyed.unknown) == (0, 0)
+        told = {"200 replayed", "409 Retry-After", "503 Commit-Outcome Retry-After"}
+        assert repeated.keys() <= {*USUAL, *told}
+        assert store.keys() == (len(once), len(once))
 
     return keep
 

@@ -464,11 +464,13 @@ from web.database import make_probe
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 probe = make_probe(make_url(sys.argv[1]))
 probe()
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
 try:
     probe()
 except Exception as error:
     print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 """
 
 
@@ -597,6 +599,7 @@ def test_another_collation_is_named(postgresql_url: str) -> None:
     with engine_for(postgresql_url) as engine:
         with engine.begin() as connection:
             connection.execute(sql("CREATE TABLE items (id SERIAL PRIMARY KEY, name VARCHAR(16))"))
+        create_tables(engine)
         try:
             with pytest.raises(WrongTable, match="name has the collation None, not C"):
                 check_tables(engine)

@@ -20,9 +20,10 @@ from processes import ROOT, SERVE, Client, Process, create_many, listed, running
 from prometheus_client.parser import text_string_to_metric_families
 from sessionscope.engines import make_engine
 from sqlalchemy import insert
-from support import PATIENCE, fetch, names
+from support import PATIENCE, fetch, names, serve_once
 
 from models import Base, Item
+from serve import create_app
 from web.database import create_tables
 from web.options import make_parser
 
@@ -274,19 +275,18 @@ def test_it_listens_on_a_socket_file(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o660
 
 
-def test_it_waits_for_its_database(postgresql_node: Node) -> None:
-    """With --wait the service starts when the database does."""
+def test_it_waits_for_its_database(postgresql_node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    """With --wait the service starts when the database does, and says what it waits for."""
+    caplog.set_level("INFO", "items")
     postgresql_node.stop()
     with ThreadPoolExecutor() as threads:
-        command = ("--database-url", postgresql_node.url, "--wait", "60", "--log-level", "debug")
-        starting = threads.submit(started_and_asked, *command)
+        starting = threads.submit(create_app, postgresql_node.url, wait=60)
+        until(lambda: "waiting for the database: " in caplog.text, "the service to wait")
         postgresql_node.start()
-        assert starting.result(PATIENCE) == 200
-
-
-def started_and_asked(*command: str) -> int:
-    with serve(*command) as server:
-        return send(server, "GET", "/")[0]
+        app = starting.result(PATIENCE)
+    assert serve_once(app).content == b'{"items": []}\n'
+    Base.metadata.drop_all(app.engines["writer"])
+    app.dispose()
 
 
 def test_tables_may_be_made_by_somebody_else(fresh_url: str) -> None:
@@ -335,6 +335,29 @@ def test_it_counts_for_prometheus(sqlite_url: str) -> None:
     assert numbers["items_request_seconds_count"] == 4
     assert numbers["items_pool_connectionswriter"] == 0
     assert numbers["items_pool_sizereader"] == 8
+
+
+WITHOUT_IT = """
+import sys
+sys.modules["prometheus_client"] = None
+sys.argv[1:] = ["--metrics", "--database-url", "sqlite://"]
+import serve
+serve.main()
+"""
+
+
+def test_metrics_need_their_library() -> None:
+    """Where prometheus-client is not installed --metrics says how to get it."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_IT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "serve.py: --metrics: " in done.stderr
+    assert "pip install -e '.[app]'" in done.stderr
 
 
 def test_there_are_no_metrics_by_default(sqlite_url: str) -> None:

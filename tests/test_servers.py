@@ -20,7 +20,7 @@ from wsgiref.validate import validator
 import databases
 import pytest
 import shapes
-from server_app import CONTENT, make_application
+from server_app import CONTENT, EARLY, make_application
 from sessionscope import SessionMiddleware
 from sessionscope.engines import make_engine
 from sqlalchemy import Engine
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 Registry = scoped_session[Session]
 
-TEARING = ["waitress", "gunicorn", "gunicorn-gthread", "granian"]
+TEARING = ["waitress", "gunicorn", "gunicorn-gthread", "gunicorn-gevent", "granian"]
 """Servers that leave a stream of unknown length without its end when the application raises."""
 
 COMPLETING = ["wsgiref", "uwsgi"]
@@ -70,6 +70,17 @@ CLEAN = [
 ]
 """Shape, method and options of what leaves only after COMMIT."""
 
+HEADS = [
+    ("single", "GET", ("sized",)),
+    ("generator", "GET", ("sized",)),
+    ("empty", "GET", ("sized",)),
+    ("empty", "GET", ()),
+    ("list", "GET", ()),
+    ("generator", "HEAD", ()),
+    ("no content", "GET", ()),
+]
+"""Shape, method and options of what a server completes, or does not, after an early head."""
+
 lengths = pytest.mark.parametrize("sized", [(), ("sized",)], ids=["unsized", "sized"])
 linted = pytest.mark.parametrize("lint", [(), ("lint",)], ids=["plain", "lint"])
 
@@ -79,6 +90,7 @@ def command(name: str, port: int) -> list[str]:
     arguments = {
         "gunicorn": ["-m", "gunicorn", "--bind", at, "server_app"],
         "gunicorn-gthread": ["-m", "gunicorn", "--bind", at, "--threads", "2", "server_app"],
+        "gunicorn-gevent": ["-m", "gunicorn", "--bind", at, "-k", "gevent", "server_app"],
         "uwsgi": [
             *("-c", "import pyuwsgi; pyuwsgi.run()", "--master", "--die-on-term", "--need-app"),
             *("--http-socket", at, "--module", "server_app"),
@@ -210,7 +222,9 @@ def test_a_refused_commit_never_completes_a_known_length(site: Site, shape: str,
 def test_a_refused_commit_cuts_a_stream_of_unknown_length(site: Site, shape: str) -> None:
     """A stream of unknown length lacks its end when COMMIT fails."""
     answer, durable = site.ask(shape, "refuse")
-    assert (answer.status, answer.headers["transfer-encoding"]) == (200, "chunked")
+    # granian may hang up before the head has left it, and then there is no answer at all.
+    if answer.status is not None or site.name != "granian":
+        assert (answer.status, answer.headers["transfer-encoding"]) == (200, "chunked")
     assert not answer.complete
     assert not durable
 
@@ -231,6 +245,37 @@ def test_a_head_that_was_replaced_is_never_completed_by_a_refused_commit(site: S
     assert (answer.content, durable) == (CONTENT, True)
     answer, durable = site.ask("replaced head", "sized", "refuse")
     assert (answer.complete, durable) == (False, False)
+
+
+def is_success(answer: Answer) -> bool:
+    return answer.status in (200, 204) and answer.complete
+
+
+def is_half_a_head(answer: Answer, site: Site, shape: str, early: str) -> bool:
+    """Whether wsgiref found out within the head; to Python's client that looks whole."""
+    found_out_late = (site.name, shape, early) == ("wsgiref", "generator", "snowman")
+    return found_out_late and "content-type" not in answer.headers
+
+
+@pytest.mark.parametrize("early", EARLY)
+@pytest.mark.parametrize(("shape", "method", "options"), [*HEADS, ("generator", "GET", ())])
+def test_an_early_head_without_its_row_is_no_success(
+    site: Site, shape: str, method: str, options: tuple[str, ...], early: str
+) -> None:
+    """What a server makes of an odd head, taken or refused, is a success only with its row."""
+    answer, durable = site.ask(shape, early, *options, method=method)
+    assert durable or not is_success(answer) or is_half_a_head(answer, site, shape, early)
+
+
+@pytest.mark.parametrize("early", EARLY)
+@pytest.mark.parametrize(("shape", "method", "options"), HEADS)
+def test_a_refused_commit_takes_back_an_early_head(
+    site: Site, shape: str, method: str, options: tuple[str, ...], early: str
+) -> None:
+    """A head that the server got before a COMMIT that fails never becomes a whole success."""
+    answer, durable = site.ask(shape, early, "refuse", *options, method=method)
+    assert not is_success(answer) or is_half_a_head(answer, site, shape, early)
+    assert not durable
 
 
 def test_limit_http_1_0_knows_no_end_but_the_length(site: Site) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from random import randint
 from time import monotonic, sleep
 from typing import Any
 
 from sessionscope.databases import driver_connection, error_code, is_unavailable
 from sessionscope.engines import make_engine, make_reader
-from sqlalchemy import Engine, Table, delete, func, insert, inspect, make_url, select
+from sqlalchemy import Column, Engine, delete, func, insert, inspect, make_url, select
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.engine.interfaces import ReflectedColumn
 from sqlalchemy.exc import (
@@ -23,6 +25,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from models import MAX_ID, Base, Item
 from web.options import StartError
+
+log = logging.getLogger("items")
 
 REMEDY = "run `alembic upgrade head`, or give the service a database of its own"
 
@@ -47,11 +51,14 @@ def open_database(url: URL, *, threads: int, create: bool, wait: float) -> Engin
     :raises StartError: if it does not serve, or has other tables.
     """
     try:
-        engine = make_engine(url, pool_size=threads)
-        wait_for(engine, wait)
-        if create:
-            create_tables(engine)
-        check_tables(engine)
+        with ExitStack() as stack:
+            engine = make_engine(url, pool_size=threads)
+            stack.callback(engine.dispose)
+            wait_for(engine, wait)
+            if create:
+                create_tables(engine)
+            check_tables(engine)
+            stack.pop_all()
         return engine
     except (SQLAlchemyError, ImportError, TypeError, WrongTable) as error:
         shown = url.render_as_string(hide_password=True)
@@ -92,6 +99,7 @@ def wait_for(engine: Engine, seconds: float) -> None:
         except DBAPIError as error:
             if monotonic() >= deadline or not is_unavailable(error):
                 raise
+            log.info("waiting for the database: %s", error.orig)
         sleep(0.2)
 
 
@@ -101,13 +109,14 @@ def create_tables(engine: Engine) -> None:
         if engine.dialect.name == "postgresql":
             # IF NOT EXISTS does not keep two sessions from creating the same table.
             connection.execute(select(func.pg_advisory_xact_lock(0x6974656D73)))
-        for table in Base.metadata.sorted_tables:
+        for table in Base.metadata.tables.values():
             connection.execute(CreateTable(table, if_not_exists=True))
-            for index in table.indexes:
-                if getattr(engine.dialect, "is_mariadb", True):
-                    connection.execute(CreateIndex(index, if_not_exists=True))
-                else:  # MySQL has no IF NOT EXISTS for an index
-                    index.create(connection, checkfirst=True)
+            # MySQL, other than MariaDB, has no IF NOT EXISTS for an index.
+            is_mysql = not getattr(engine.dialect, "is_mariadb", True)
+            found = inspect(connection).get_indexes(table.name) if is_mysql else []
+            names = {index["name"] for index in found}
+            for index in [index for index in table.indexes if index.name not in names]:
+                connection.execute(CreateIndex(index, if_not_exists=not is_mysql))
 
 
 def check_tables(engine: Engine) -> None:
@@ -117,32 +126,36 @@ def check_tables(engine: Engine) -> None:
     """
     with engine.connect() as connection:
         found = inspect(connection)
-        for table in Base.metadata.sorted_tables:
+        for table in Base.metadata.tables.values():
             if not found.has_table(table.name):
                 raise WrongTable(f"there is no table {table.name}; {REMEDY}")
             columns = {column["name"]: column for column in found.get_columns(table.name)}
-            for difference in differences(table, columns, engine.dialect):
-                raise WrongTable(f"the column {table.name}.{difference}; {REMEDY}")
+            wrong = [difference(column, columns, engine.dialect) for column in table.columns]
+            wrong += [
+                f"{name} must be filled in, and the service does not know it"
+                for name in columns.keys() - table.columns.keys()
+                if not columns[name]["nullable"] and columns[name]["default"] is None
+            ]
+            for words in filter(None, wrong):
+                raise WrongTable(f"the column {table.name}.{words}; {REMEDY}")
 
 
-def differences(table: Table, found: dict[str, ReflectedColumn], dialect: Dialect) -> Iterator[str]:
-    """Yield in which ways the columns *found* are not those of *table*."""
-    for column in table.columns:
-        if column.name not in found:
-            yield f"{column.name} is missing"
-            continue
-        wanted: Any = column.type.dialect_impl(dialect)
-        has: Any = found[column.name]["type"]
-        length, collation = getattr(wanted, "length", None), getattr(wanted, "collation", None)
-        if has.as_generic().python_type is not wanted.python_type:
-            yield f"{column.name} is {has}, not {wanted}"
-        elif length and (getattr(has, "length", None) or length) < length:
-            yield f"{column.name} has {has.length} characters, not {length}"
-        elif collation and has.collation != collation:
-            yield f"{column.name} has the collation {has.collation}, not {collation}"
-    for name in found.keys() - table.columns.keys():
-        if not found[name]["nullable"] and found[name]["default"] is None:
-            yield f"{name} must be filled in, and the service does not know it"
+def difference(
+    column: Column[Any], found: dict[str, ReflectedColumn], dialect: Dialect
+) -> str | None:
+    """Return in which way a column that was *found* is not *column*; None if it will do."""
+    if column.name not in found:
+        return f"{column.name} is missing"
+    wanted: Any = column.type.dialect_impl(dialect)
+    has: Any = found[column.name]["type"]
+    length, collation = getattr(wanted, "length", None), getattr(wanted, "collation", None)
+    if has.as_generic().python_type is not wanted.python_type:
+        return f"{column.name} is {has}, not {wanted}"
+    if length and (getattr(has, "length", None) or length) < length:
+        return f"{column.name} has {has.length} characters, not {length}"
+    if collation and has.collation != collation:
+        return f"{column.name} has the collation {has.collation}, not {collation}"
+    return None
 
 
 def make_probe(url: URL, reader_url: URL | None = None) -> Callable[[], None]:

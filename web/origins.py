@@ -43,7 +43,8 @@ class Origins:
         added = [("Vary", "Origin")]
         if origin in self.allowed:
             added += [("Access-Control-Allow-Origin", origin)]
-            if "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
+            asks = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+            if asks and environ["REQUEST_METHOD"] == "OPTIONS":
                 return Response(204, {**PREFLIGHT, **dict(added)})(environ, start_response)
             added += [("Access-Control-Expose-Headers", EXPOSED)]
 

@@ -18,6 +18,7 @@ _RULES = [
     (r"Expected `int` <= (?P<limit>\d+)", "too_large", "{field} must be {limit} or less"),
     (r"(Number|Integer value) out of range", "too_large", "{field} is out of range"),
     (r"Invalid enum value .*?", "not_a_choice", "{field} must be {choices}"),
+    (r".*?", "invalid", "{field} is invalid"),
 ]
 _PLACE = r"(?: - at `\$\.?(?P<place>.*)`)?"
 _KINDS = {"str": "text", "int": "a whole number", "object": "an object"}
@@ -36,16 +37,11 @@ def invalid(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> HTTPE
     cause = error.__cause__
     if isinstance(cause, InvalidField):
         return HTTPError(422, str(cause), errors=(cause.field_error,))
-    for pattern, code, sentence in _RULES:
-        found = re.fullmatch(pattern + _PLACE, str(error), re.DOTALL)
-        if found is not None:
-            return _refusal(found.groupdict(), code, sentence, kind)
-    return HTTPError(422, str(error))
-
-
-def _refusal(
-    parts: dict[str, str | None], code: str, sentence: str, kind: type[msgspec.Struct]
-) -> HTTPError:
+    code, sentence, parts = next(
+        (code, sentence, found.groupdict())
+        for pattern, code, sentence in _RULES
+        if (found := re.fullmatch(pattern + _PLACE, str(error), re.DOTALL))
+    )
     name = parts.get("field", parts["place"]) or ""
     is_known = name in kind.__struct_fields__ or code == "unknown"
     limit = parts.get("limit")
@@ -55,5 +51,5 @@ def _refusal(
         limit=limit,
         choices=" or ".join(map(str, get_args(get_type_hints(kind).get(name)))),
     )
-    error = FieldError(name, code, int(limit) if limit else None)
-    return HTTPError(422, message, errors=(error,) if is_known else ())
+    blamed = FieldError(name, code, int(limit) if limit else None)
+    return HTTPError(422, message, errors=(blamed,) if is_known else ())
