@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Work = Callable[[Session], object]
 """What a view does beside creating its item."""
 
-keys = idempotency_table(MetaData())
+keys = idempotency_table(MetaData(), "once")  # the service has a table of the usual name
 """The table of all services."""
 
 numbers = count(1)

@@ -80,7 +80,7 @@ def test_purge_has_small_transactions(service: Service, engine: Engine) -> None:
     deleted: list[int] = []
 
     def note(connection: Connection) -> None:
-        left = connection.scalar(sql("SELECT count(*) FROM idempotency_keys"))
+        left = connection.scalar(sql("SELECT count(*) FROM once"))
         deleted.append(7 - (left or 0) - sum(deleted))
 
     event.listen(engine, "commit", note)
