@@ -127,6 +127,36 @@ def test_purges_may_run_beside_each_other(any_service: Service, any_engine: Engi
     assert rows(any_engine) == []
 
 
+def test_purge_without_autobegin(any_service: Service, any_engine: Engine) -> None:
+    """A session that does not begin by itself is told to."""
+    old_keys(any_engine, 7)
+    any_service.registry.configure(autobegin=False)
+    assert purge(any_service.registry, keys, timedelta(0), batch=3) == 7
+    assert rows(any_engine) == []
+
+
+def test_purge_ends_where_nothing_can_be_deleted(service: Service, engine: Engine) -> None:
+    """Rows that the database keeps are not asked for again and again."""
+    old_keys(engine, 3)
+    with engine.begin() as connection:
+        connection.execute(
+            sql(
+                "CREATE TRIGGER keep BEFORE DELETE ON idempotency_keys "
+                "BEGIN SELECT RAISE(IGNORE); END"
+            )
+        )
+    begun: list[Connection] = []
+
+    def begin(connection: Connection) -> None:
+        begun.append(connection)
+        assert len(begun) < 9, "purge does not end"
+
+    event.listen(engine, "begin", begin)
+    assert purge(service.registry, keys, timedelta(0), batch=1) == 0
+    event.remove(engine, "begin", begin)
+    assert len(rows(engine)) == 3
+
+
 @pytest.mark.parametrize("any_url", ["postgresql"], indirect=True)
 def test_a_key_that_is_purged_while_it_is_looked_for(
     any_service: Service, any_engine: Engine, any_url: str
