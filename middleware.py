@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING
 
 from sessionscope.attempt import SESSION_KEY, Attempt
 from sessionscope.callbacks import on_commit
-from sessionscope.errors import CommitOutcomeUnknown, TransactionDoomed
+from sessionscope.errors import CommitOutcomeUnknown, TransactionDoomed, require
 from sessionscope.outcome import Outcome
 from sessionscope.participants import watch_binds
 from sessionscope.replay import Replay
@@ -122,15 +122,15 @@ class SessionMiddleware:
         confirm: bool = False,
         observer: Callable[[Outcome], object] | None = None,
     ) -> None:
-        _require(callable(app), "app", app, "a WSGI application")
-        _require(isinstance(registry, scoped_session), "registry", registry, "a scoped_session")
-        _require(callable(commit_when), "commit_when", commit_when, "callable")
-        _require(type(attempts) is int, "attempts", attempts, "an int")
+        require(callable(app), "app", app, "a WSGI application")
+        require(isinstance(registry, scoped_session), "registry", registry, "a scoped_session")
+        require(callable(commit_when), "commit_when", commit_when, "callable")
+        require(type(attempts) is int, "attempts", attempts, "an int")
         if attempts < 1:
             raise ValueError(f"attempts must be 1 or more, not {attempts}")
-        _require(reader is None or isinstance(reader, Engine), "reader", reader, "an Engine")
-        _require(isinstance(confirm, bool), "confirm", confirm, "a bool")
-        _require(observer is None or callable(observer), "observer", observer, "callable")
+        require(reader is None or isinstance(reader, Engine), "reader", reader, "an Engine")
+        require(isinstance(confirm, bool), "confirm", confirm, "a bool")
+        require(observer is None or callable(observer), "observer", observer, "callable")
         self.app = app
         self.registry = registry
         self.commit_when = commit_when
@@ -180,8 +180,3 @@ class SessionMiddleware:
             numbers = attempt.number, self.attempts
             log.warning("%s: attempt %d of %d failed, retrying: %r", attempt.name, *numbers, reason)
         return reason is not None
-
-
-def _require(condition: bool, name: str, given: object, wanted: str) -> None:
-    if not condition:
-        raise TypeError(f"{name} must be {wanted}, not {given!r}")

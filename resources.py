@@ -28,6 +28,7 @@ WEB = Path(__file__).with_name("web")
 
 FILES = [
     ("/", "page/index.html", "text/html"),
+    ("/icon.svg", "page/icon.svg", "image/svg+xml"),
     ("/page.css", "page/page.css", "text/css"),
     ("/page.js", "page/page.js", "text/javascript"),
     ("/openapi.json", "openapi.json", JSON),
@@ -283,5 +284,6 @@ def make_app(
     router.add("GET", "/readyz", health.ready)
     router.add("GET", "/healthz", health.ready)
     for path, name, media_type in FILES:
-        router.add("GET", path, StaticFile(WEB / name, media_type).show, media_type=media_type)
+        file = StaticFile((WEB / name).read_bytes(), media_type)
+        router.add("GET", path, file.show, media_type=media_type)
     return router

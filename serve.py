@@ -20,6 +20,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from models import keys
 from resources import make_app
 from web.database import make_probe, open_database, parse_url
+from web.demo import add_demo
 from web.errors import errors_as_json
 from web.logs import AccessLog, Exchange, configure_logging, log_exchange, observe
 from web.options import StartError, make_parser
@@ -54,6 +55,8 @@ class Service:
         reports: list[Callable[[Exchange], None]] = [log_exchange]
         if options.metrics:
             reports.append(add_metrics(router, self.engines))
+        if options.demo:
+            reports.append(add_demo(router, session, options.threads).add)
         # Its callers are not known, so a key is the same whoever sends it.
         once = Idempotency(router, keys, scope=lambda environ: "")
         sessions = SessionMiddleware(

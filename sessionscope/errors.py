@@ -37,3 +37,9 @@ def closed_with_work(place: str) -> str:
         "Delete that line, since the session is closed when the response is complete; if its "
         "work was to be discarded, call rollback() instead"
     )
+
+
+def require(condition: bool, name: str, given: object, wanted: str) -> None:
+    """Raise a `TypeError` about the argument *name*, unless *condition* holds."""
+    if not condition:
+        raise TypeError(f"{name} must be {wanted}, not {given!r}")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary, ref
 
 from sessionscope.attempt import SESSION_KEY
+from sessionscope.errors import require
 from sessionscope.keyed import (
     MAX_RESPONSE,
     Problem,
@@ -100,14 +101,14 @@ class Idempotency:
         help: str = "about:blank",
         context: Context = nullcontext,
     ) -> None:
-        _require(callable(app), "app", app, "a WSGI application")
-        _require(isinstance(table, Table), "table", table, "a Table")
-        _require(callable(scope), "scope", scope, "callable")
-        _require(_are_names(methods), "methods", methods, "a collection of str")
-        _require(isinstance(required, bool), "required", required, "a bool")
-        _require(type(limit) is int, "limit", limit, "an int")
-        _require(isinstance(help, str), "help", help, "a str")
-        _require(callable(context), "context", context, "callable")
+        require(callable(app), "app", app, "a WSGI application")
+        require(isinstance(table, Table), "table", table, "a Table")
+        require(callable(scope), "scope", scope, "callable")
+        require(_are_names(methods), "methods", methods, "a collection of str")
+        require(isinstance(required, bool), "required", required, "a bool")
+        require(type(limit) is int, "limit", limit, "an int")
+        require(isinstance(help, str), "help", help, "a str")
+        require(callable(context), "context", context, "callable")
         if not 1 <= limit <= MAX_RESPONSE:
             raise ValueError(f"limit must be between 1 and {MAX_RESPONSE}, not {limit}")
         self.app = app
@@ -153,7 +154,7 @@ class Idempotency:
         if field is None:
             raise Problem(400, "Idempotency-Key is missing")
         key, scope = parse_key(field), self.scope(environ)
-        _require(isinstance(scope, str), "what scope returns", scope, "a str")
+        require(isinstance(scope, str), "what scope returns", scope, "a str")
         body = read_body(environ, self.limit)
         environ["wsgi.input"] = BytesIO(body)
         request = request_digest(environ, body)
@@ -284,8 +285,3 @@ def _are_names(methods: object) -> bool:
     if isinstance(methods, str) or not isinstance(methods, Collection):
         return False
     return all(isinstance(method, str) for method in methods)
-
-
-def _require(condition: bool, name: str, given: object, wanted: str) -> None:
-    if not condition:
-        raise TypeError(f"{name} must be {wanted}, not {given!r}")

@@ -93,7 +93,9 @@ class Participant:
             self.begun, self.changes = driver.in_transaction, driver.total_changes
             self.in_autocommit = not self.begun and driver.isolation_level is None
         # Weak, since the pool keeps it: a stream that is dropped without close() must be freed.
-        self.others: WeakSet[Participant] = connection.info.setdefault(_MARK, WeakSet())
+        if _MARK not in connection.info:
+            connection.info[_MARK] = WeakSet()
+        self.others: WeakSet[Participant] = connection.info[_MARK]
         self.others.add(self)
 
     def leave(self) -> None:

@@ -29,6 +29,8 @@ Action = Literal["commit", "rollback", "none", "unknown"]
 class State(Enum):
     """What has become of a transaction."""
 
+    __hash__ = object.__hash__  # that of Enum is written in Python
+
     IDLE = auto()
     ACTIVE = auto()
     COMMITTING = auto()
@@ -44,6 +46,8 @@ class State(Enum):
 
 class Event(Enum):
     """What happens to a transaction."""
+
+    __hash__ = object.__hash__
 
     JOINED = auto()
     """A connection has begun."""

@@ -62,10 +62,14 @@ class Visitor:
         page.on("console", self.hear)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.field = page.get_by_label("Name of a new item")
-        self.list = page.get_by_role("region", name="All items")
+        self.list = page.get_by_role("region", name="Items")
+        self.heading = page.locator("#heading")
         self.rows = self.list.get_by_role("listitem")
         self.names = self.list.locator(".name")
-        self.news = page.get_by_role("status")
+        self.news = page.locator("#news")
+        self.trouble = page.locator("#trouble")
+        self.search_field = page.get_by_label("Name begins with")
+        self.order = page.get_by_label("Order")
         self.alerts = page.get_by_role("alert").filter(visible=True, has_text=re.compile("."))
 
     def hear(self, message: ConsoleMessage) -> None:
@@ -83,6 +87,10 @@ class Visitor:
         self.button(f"Rename {old}").click()
         self.editor(old).fill(new)
         self.button("Save").click()
+
+    def search(self, prefix: str) -> None:
+        self.search_field.fill(prefix)
+        self.search_field.press("Enter")
 
     def editor(self, name: str) -> Locator:
         return self.page.get_by_label(f"New name for {name}", exact=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Work = Callable[[Session], object]
 """What a view does beside creating its item."""
 
-keys = idempotency_table(MetaData())
+keys = idempotency_table(MetaData(), "once")  # the service has a table of the usual name
 """The table of all services."""
 
 numbers = count(1)
@@ -73,6 +73,7 @@ class Service:
     :param work: what the view does after it has added its item.
     :param app: another application in its place.
     :param around: what wraps the layer of the keys, inside of the session.
+    :param registry: one that is made otherwise.
     :ivar calls: how often the application was called.
     """
 
@@ -83,10 +84,11 @@ class Service:
         *,
         app: WSGIApplication | None = None,
         around: Callable[[WSGIApplication], WSGIApplication] | None = None,
+        registry: scoped_session[Session] | None = None,
         sessions: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self.registry: scoped_session[Session] = scoped_session(sessionmaker(engine))
+        self.registry = registry or scoped_session(sessionmaker(engine))
         self.work = work
         self.inner = app or self.create
         self.status = "201 Created"

@@ -30,7 +30,7 @@ from models import Item
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-keys = idempotency_table(MetaData())
+keys = idempotency_table(MetaData(), "once")  # the service has a table of the usual name
 
 
 def die() -> None:

@@ -6,6 +6,7 @@ import io
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sessionscope import (
     session_scope,
 )
 from sessionscope.engines import make_engine
-from sqlalchemy import Connection, Engine, insert, select, update
+from sqlalchemy import Connection, Engine, create_engine, event, insert, select, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -827,6 +828,36 @@ def test_attempts_with_an_engine_per_table(engine: Engine, outside: Engine) -> N
     app = text(b"", before=lambda: registry.add(Item(name="kept")))
     serve_once(SessionMiddleware(app, registry, attempts=2))
     assert names(outside) == ["kept"]
+
+
+@pytest.mark.parametrize("bind", ["bind", "binds"])
+def test_attempts_disturb_no_thread_in_a_listener(
+    bind: str, sqlite_url: str, engine: Engine
+) -> None:
+    """Another thread may be in a listener of the engine while the first request runs."""
+    plain = create_engine(sqlite_url)  # which has two connections
+    options: dict[str, Any] = {"bind": plain} if bind == "bind" else {"binds": {Item: plain}}
+    registry: Registry = scoped_session(sessionmaker(**options))
+    app = text(b"fine", before=lambda: registry.execute(select(Item)))
+    application = SessionMiddleware(app, registry, attempts=2)
+    inside, may_go_on = threading.Event(), threading.Event()
+    main = threading.get_ident()
+
+    @event.listens_for(plain, "after_cursor_execute")
+    def wait(*_: object) -> None:
+        if threading.get_ident() != main:
+            inside.set()
+            assert may_go_on.wait(PATIENCE)
+
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(names, plain)
+        assert inside.wait(PATIENCE)
+        try:
+            assert serve_once(application).content == b"fine"
+        finally:
+            may_go_on.set()
+        assert other.result(PATIENCE) == []
+    plain.dispose()
 
 
 def test_a_database_that_is_not_there_is_not_asked_again(tmp_path: Path) -> None:

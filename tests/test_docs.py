@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio.tasks
 import json
 import os
 import re
@@ -16,12 +17,14 @@ from contextlib import closing
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from html.parser import HTMLParser
 from importlib.util import find_spec
+from inspect import getsource
 from itertools import count, islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urldefrag
 
+import flask.globals
 import framework_apps  # noqa: F401  Django's settings can be made only once in a process
 import prometheus_client
 import pytest
@@ -39,10 +42,11 @@ from sessionscope import (
     pytest_plugin,
     testing,
 )
-from sqlalchemy import Engine, create_engine, event, func, insert, orm, select
+from sqlalchemy import Engine, create_engine, event, func, insert, orm, pool, select
 from sqlalchemy import text as sql
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.util import concurrency
 from support import Server, environ, serve_once, serving
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
@@ -634,13 +638,18 @@ def test_flask_sqlalchemy_reads_from_a_replica(reader: Reader, tmp_path: Path) -
 
 # Troubleshooting by message.
 
-OTHERS = "## Messages of SQLAlchemy"
-OWN = re.findall(
-    "^### `(.*)`$",
-    (DOCS / "troubleshooting.md").read_text("utf-8").partition(OTHERS)[0],
-    re.M,
-)
-"""The headings that are messages of the library; ``...`` is anything."""
+TROUBLES = (DOCS / "troubleshooting.md").read_text("utf-8")
+
+
+def messages(section: str) -> list[str]:
+    """The headings that are messages, of sections that begin so; ``...`` is anything."""
+    sections = re.findall(f"^## {section}.*?(?=^## |\\Z)", TROUBLES, re.M | re.S)
+    return [message for text in sections for message in re.findall("^### `(.*)`$", text, re.M)]
+
+
+OWN = messages("Messages of sessionscope")
+MODULES: list[ModuleType] = [asyncio.tasks, concurrency, flask.globals, orm.session, pool.impl]
+"""Where SQLAlchemy, Flask and asyncio have the messages that the page quotes."""
 
 SAYING = {
     "CommitOutcomeUnknown",
@@ -680,10 +689,18 @@ def test_a_message_is_the_librarys(message: str) -> None:
         assert [text for module in library() for text in literals(module) if message in text]
 
 
+@pytest.mark.parametrize(
+    "message", messages("Messages of (?:SQLAlchemy|asyncio|Flask)"), ids=lambda text: text[:30]
+)
+def test_a_message_is_that_of_others(message: str) -> None:
+    """Each message of SQLAlchemy, asyncio or Flask on that page is in their source."""
+    found = [text for module in MODULES for text in literals(ast.parse(getsource(module)))]
+    assert [text for text in found if message in text]
+
+
 def test_each_message_of_the_library_is_explained() -> None:
     """What the library raises or logs by itself has a heading, or is named under one."""
-    page = (DOCS / "troubleshooting.md").read_text("utf-8")
-    page = " ".join(page.split())
+    page = " ".join(TROUBLES.split())
     missing = [
         text
         for module in library()

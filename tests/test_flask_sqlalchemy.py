@@ -721,6 +721,26 @@ def test_a_rollback_after_a_nested_context_is_enough(app: flask.Flask) -> None:
     assert stored(app) == ["old"]
 
 
+def test_a_nested_context_may_make_the_first_query(app: flask.Flask) -> None:
+    """A view whose helper did so may recover from an error with remove() as well."""
+    keep(app, Item(id=1, name="old"))
+
+    @app.post("/")
+    def create() -> str:
+        with app.app_context():
+            db.session.scalar(select(Item.name))
+        db.session.add(Item(id=1, name="twice"))
+        try:
+            db.session.flush()
+        except IntegrityError:
+            db.session.remove()
+        db.session.add(Item(name="kept"))
+        return "ok"
+
+    TestApp(app).post("/")
+    assert stored(app) == ["old", "kept"]
+
+
 def test_a_nested_context_after_the_commit(make_app: MakeApp) -> None:
     """A receiver of models_committed may open a context."""
     app = make_app(config={"SQLALCHEMY_TRACK_MODIFICATIONS": True})

@@ -207,6 +207,45 @@ def test_a_child_disturbs_no_request_of_its_parent(
     engine.dispose()
 
 
+KEYED = """
+import os, sys, threading
+from keyed_service import Service, key_table
+from models import Base
+from sqlalchemy import create_engine
+
+engine = create_engine(sys.argv[1])
+Base.metadata.create_all(engine)
+holds, may_end = threading.Event(), threading.Event()
+
+
+def hold(session):
+    session.rollback()  # SQLite has one writer
+    holds.set()
+    may_end.wait()
+
+
+service = Service(engine, hold)
+with key_table(engine):
+    thread = threading.Thread(target=service.post)
+    thread.start()
+    holds.wait()
+    child = os.fork()
+    if child == 0:
+        service.work = bool
+        print(service.post().status, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    may_end.set()
+    thread.join()
+engine.dispose()
+"""
+
+
+def test_a_key_of_the_parent_is_not_in_flight_in_a_child(sqlite_url: str) -> None:
+    """What a parent was carrying out when it forked is no rival in the child for ever."""
+    assert run(KEYED, sqlite_url)[0].splitlines() == ["201 Created"]
+
+
 @pytest.fixture
 def empty(any_engine: object) -> None:
     """The tables are there, and dropped at the end."""

@@ -194,6 +194,29 @@ def test_a_database_that_is_not_supported_is_refused(sqlite_url: str, service: S
     engine.dispose()
 
 
+def test_an_engine_in_autocommit_is_refused(any_service: Service, any_engine: Engine) -> None:
+    """The first key is refused before the application runs: the key would outlive the work."""
+    url = any_engine.url
+    url = url.set(drivername=url.drivername.replace("+immediate", ""))
+    auto = create_engine(url, isolation_level="AUTOCOMMIT")
+    service = Service(auto)
+    with pytest.raises(RuntimeError, match="AUTOCOMMIT"):
+        service.post()
+    assert (service.calls, rows(any_engine)) == (0, [])
+    auto.dispose()
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_session_that_does_not_begin_by_itself(undo: bool, any_service: Service) -> None:
+    """With autobegin=False a key works, also if the view rolls its transaction back."""
+    any_service.registry.configure(autobegin=False)
+    if undo:
+        any_service.work = lambda session: session.rollback()
+    first = any_service.post()
+    assert is_replay(any_service.post(), first)
+    assert any_service.calls == 1
+
+
 # Once.
 
 

@@ -19,7 +19,7 @@ from support import Reply, environ, names, serve_once
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
 
-keys = idempotency_table(MetaData())
+keys = idempotency_table(MetaData(), "once")
 
 REPLAYED = ("Idempotent-Replayed", "true")
 

@@ -80,7 +80,7 @@ def test_purge_has_small_transactions(service: Service, engine: Engine) -> None:
     deleted: list[int] = []
 
     def note(connection: Connection) -> None:
-        left = connection.scalar(sql("SELECT count(*) FROM idempotency_keys"))
+        left = connection.scalar(sql("SELECT count(*) FROM once"))
         deleted.append(7 - (left or 0) - sum(deleted))
 
     event.listen(engine, "commit", note)
@@ -125,6 +125,36 @@ def test_purges_may_run_beside_each_other(any_service: Service, any_engine: Engi
         ]
         assert sum(count.result() for count in counts) == 300
     assert rows(any_engine) == []
+
+
+def test_purge_without_autobegin(any_service: Service, any_engine: Engine) -> None:
+    """A session that does not begin by itself is told to."""
+    old_keys(any_engine, 7)
+    any_service.registry.configure(autobegin=False)
+    assert purge(any_service.registry, keys, timedelta(0), batch=3) == 7
+    assert rows(any_engine) == []
+
+
+def test_purge_ends_where_nothing_can_be_deleted(service: Service, engine: Engine) -> None:
+    """Rows that the database keeps are not asked for again and again."""
+    old_keys(engine, 3)
+    with engine.begin() as connection:
+        connection.execute(
+            sql(
+                "CREATE TRIGGER keep BEFORE DELETE ON idempotency_keys "
+                "BEGIN SELECT RAISE(IGNORE); END"
+            )
+        )
+    begun: list[Connection] = []
+
+    def begin(connection: Connection) -> None:
+        begun.append(connection)
+        assert len(begun) < 9, "purge does not end"
+
+    event.listen(engine, "begin", begin)
+    assert purge(service.registry, keys, timedelta(0), batch=1) == 0
+    event.remove(engine, "begin", begin)
+    assert len(rows(engine)) == 3
 
 
 @pytest.mark.parametrize("any_url", ["postgresql"], indirect=True)

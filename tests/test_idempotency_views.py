@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import flask
 import pytest
 from flask_sqlalchemy import SQLAlchemy
-from keyed_service import Service, code, is_replay, key_table, keys, post, rows, sent
+from keyed_service import Service, code, is_replay, key_table, keys, post, prepared, rows, sent
 from sessionscope import SessionMiddleware, TransactionDoomed, on_commit, session_scope
 from sessionscope.engines import make_engine
 from sessionscope.idempotency import Idempotency, idempotency_table
@@ -19,7 +21,7 @@ from sqlalchemy import (
     insert,
     select,
 )
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import (
     Server,
@@ -164,6 +166,51 @@ def test_a_rollback_and_then_failure_sends_nothing(service: Service, engine: Eng
     service.work, service.status = work, "503 Service Unavailable"
     assert code(service.post()) == 503
     assert words == []
+
+
+def test_a_database_that_goes_away(tmp_path: Path) -> None:
+    """A view that finds it gone, rolls back and says so has its own response."""
+    there, gone = tmp_path / "there", tmp_path / "gone"
+    there.mkdir()
+    with prepared(make_engine(f"sqlite:///{there}/items.db")) as engine:
+
+        def work(session: Session) -> None:
+            session.rollback()
+            engine.dispose()
+            there.rename(gone)
+            with pytest.raises(OperationalError):
+                session.execute(select(Item))
+            session.rollback()
+
+        service = Service(engine, work)
+        service.status = "503 Service Unavailable"
+        assert service.post().status == "503 Service Unavailable"
+        gone.rename(there)
+
+
+def test_a_rollback_and_then_failure_and_a_rival(any_service: Service, any_engine: Engine) -> None:
+    """A view that rolls back, loses the key to a rival and fails has its own response."""
+    rival = Service(any_engine)
+    any_service.work, any_service.status = lose_to(rival), "404 Not Found"
+    assert any_service.post().status == "404 Not Found"
+    assert names(any_engine) == [rival.post().content.decode()]
+
+
+def test_remove_after_an_error_takes_back_the_key(service: Service, engine: Engine) -> None:
+    """With a key, too, a view goes on after remove(), whatever the scope of the registry."""
+    with engine.begin() as connection:
+        connection.execute(insert(Item).values(id=1, name="once"))
+    registry = scoped_session(sessionmaker(engine), scopefunc=get_ident)
+
+    def work(session: Session) -> None:
+        break_a_rule(session)
+        registry.remove()
+        registry.add(Item(name="after"))
+
+    recovering = Service(engine, work, registry=registry)
+    first = recovering.post()
+    assert is_replay(recovering.post(), first)
+    assert (code(first), names(engine)) == (201, ["once", "after"])
 
 
 def break_a_rule(session: Session) -> None:
@@ -334,6 +381,16 @@ def shop(sqlite_url: str) -> Iterator[flask.Flask]:
         db.session.rollback()
         return f"lamp {add()}", 201
 
+    @app.post("/removed")
+    def removed() -> tuple[str, int]:
+        db.session.execute(insert(Lamp).values(id=1))
+        db.session.add(Lamp(id=1))
+        try:
+            db.session.flush()
+        except IntegrityError:
+            db.session.remove()
+        return f"lamp {add()}", 201
+
     @app.get("/count")
     def counted() -> str:
         return str(db.session.scalar(select(func.count()).select_from(Lamp)))
@@ -347,7 +404,7 @@ def shop(sqlite_url: str) -> Iterator[flask.Flask]:
         db.engine.dispose()
 
 
-@pytest.mark.parametrize("path", ["/list", "/stream", "/early", "/undone"])
+@pytest.mark.parametrize("path", ["/list", "/stream", "/early", "/undone", "/removed"])
 def test_flask_sqlalchemy(path: str, shop: flask.Flask) -> None:
     """With the application's context the same holds for its views, and for its streams."""
     client = shop.test_client()

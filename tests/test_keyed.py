@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from keyed_service import REPLAYED, Service, code, is_replay, key_table, post, rows, sent
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 from support import Server, environ, names, serve_once
 
@@ -125,6 +128,8 @@ def test_a_key_may_be_required(service: Service, engine: Engine) -> None:
 
 DIFFERENT: dict[str, dict[str, Any]] = {
     "method": {"REQUEST_METHOD": "PATCH"},
+    "host": {"HTTP_HOST": "other.example"},
+    "server": {"HTTP_HOST": "", "SERVER_NAME": "other.example"},
     "path": {"PATH_INFO": "/other"},
     "mount": {"SCRIPT_NAME": "/other"},
     "query": {"QUERY_STRING": "a=1"},
@@ -142,6 +147,22 @@ def test_another_request_with_a_kept_key(what: str, service: Service, engine: En
     refused = service.post("k", **(one | DIFFERENT[what]))
     assert (code(refused), service.calls) == (422, 1)
     assert is_replay(service.post("k", **one), first)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        {"HTTP_HOST": "one.example:8080"},
+        {"HTTP_HOST": "ONE.example"},
+        {"HTTP_HOST": "one.example:"},
+        {"HTTP_HOST": "", "SERVER_NAME": "one.example"},
+    ],
+    ids=str,
+)
+def test_spellings_of_one_host(host: dict[str, Any], service: Service) -> None:
+    """Neither port nor case makes another host of it."""
+    first = service.post(HTTP_HOST="one.example")
+    assert is_replay(service.post(**host), first)
 
 
 def test_parts_of_a_request_are_kept_apart(service: Service) -> None:
@@ -526,6 +547,30 @@ def test_a_body_is_closed_once(service: Service) -> None:
     for _ in range(2):
         assert service.post().content == b"onetwo"
         assert body.closed == 1
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_a_closed_stream_is_freed_at_once(hangs_up: bool, service: Service) -> None:
+    """Its session needs no cycle collector."""
+    sessions: list[ref[Session]] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+        sessions.append(ref(service.registry()))
+        start_response("200 OK", [])
+        yield b"one"
+        yield b"two"
+
+    service.inner = app
+    gc.disable()
+    try:
+        server = Server(service.app)
+        chunks = server.begin(post())
+        next(chunks) if hangs_up else [*chunks]
+        server.finish()
+        del server, chunks
+        assert [session() for session in sessions] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_body_may_be_asked_again_after_its_end(service: Service) -> None:

@@ -84,8 +84,8 @@ def keep(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> 
         assert answers.keys() <= USUAL
         assert keyed.is_right, keyed
         assert (keyed.refused, keyed.unknown) == (0, 0)
-        keyed = {"200 replayed", "409 Retry-After", "503 Commit-Outcome Retry-After"}
-        assert repeated.keys() <= {*USUAL, *keyed}
+        of_keys = {"200 replayed", "409 Retry-After", "503 Commit-Outcome Retry-After"}
+        assert repeated.keys() <= {*USUAL, *of_keys}
         assert store.keys() == (len(once), len(once))
 
     return keep

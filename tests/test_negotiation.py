@@ -112,7 +112,7 @@ def test_the_root_varies_with_accept(
 # The page and its files.
 
 FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")}
-FILES |= {"/page.js": ("page.js", "text/javascript")}
+FILES |= {"/page.js": ("page.js", "text/javascript"), "/icon.svg": ("icon.svg", "image/svg+xml")}
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -136,6 +136,7 @@ def test_a_browser_is_told_to_be_strict(path: str, service: Service) -> None:
         "default-src": "'none'",
         "script-src": "'self'",
         "style-src": "'self'",
+        "img-src": "'self'",
         "connect-src": "'self'",
         "base-uri": "'none'",
         "form-action": "'none'",

@@ -203,6 +203,54 @@ def test_postgresql_commits_that_begin_again(chained: str, postgresql_url: str) 
     engine.dispose()
 
 
+# What something inside made durable, and then failed.
+
+
+def failed_scope(inner: Registry) -> None:
+    with suppress(ZeroDivisionError), session_scope(inner):
+        add(inner)
+        raise ZeroDivisionError
+
+
+def rolled_back_scope(inner: Registry) -> None:
+    with session_scope(inner) as session:
+        add(inner)
+        session.rollback()
+
+
+def refused_request(inner: Registry) -> None:
+    app = text(b"", status="409 No", before=lambda: add(inner))
+    serve_once(SessionMiddleware(app, inner), environ("POST"))
+
+
+@pytest.mark.parametrize("inside", [failed_scope, rolled_back_scope, refused_request])
+@pytest.mark.parametrize(("mode", "calls"), [("AUTOCOMMIT", 1), ("SERIALIZABLE", 3)])
+def test_what_failed_inside_is_not_done_again_if_it_is_durable(
+    mode: Any, calls: int, inside: Work, servers: Engine
+) -> None:
+    """In AUTOCOMMIT its statements stay, so the request around it is not repeated."""
+    registry: Registry = scoped_session(sessionmaker(servers))
+    with plain_engine(servers) as plain:
+        inner = scoped_session(sessionmaker(plain.execution_options(isolation_level=mode)))
+        assert calls_until_stale(registry, lambda _: inside(inner)) == calls
+    assert len(names(servers)) == (1 if mode == "AUTOCOMMIT" else 0)
+
+
+def test_a_scope_that_failed_after_a_commit_as_text(servers: Engine) -> None:
+    """What a scope inside committed as text and then failed is not done again."""
+
+    def work(inner: Registry) -> None:
+        with suppress(ZeroDivisionError), session_scope(inner):
+            commit_as_text(inner)
+            raise ZeroDivisionError
+
+    registry: Registry = scoped_session(sessionmaker(servers))
+    with plain_engine(servers) as plain:
+        inner = scoped_session(sessionmaker(plain))
+        assert calls_until_stale(registry, lambda _: work(inner)) == 1
+    assert names(servers) == ["x"]
+
+
 # SQLite's legacy driver mode: RELEASE of the outermost savepoint is a COMMIT.
 
 

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sessionscope import SessionMiddleware, outcome
-from sqlalchemy import Engine, create_engine, insert, select
+from sqlalchemy import Engine, create_engine, event, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlalchemy.pool import QueuePool
 from support import PATIENCE, Server, environ, names, refuse_commit, serve_once, serving
 
@@ -368,6 +370,76 @@ def test_close_has_a_session_whose_late_work_is_rolled_back(
     assert names(outside) == ["kept"]
     assert checked_out(engine) == 0
     assert "work done in close()" in caplog.text
+
+
+def test_close_finds_the_objects_detached(registry: Registry, outside: Engine) -> None:
+    """After the end of a stream its objects are in no session, and expired by the COMMIT."""
+
+    class Body:
+        def __init__(self) -> None:
+            self.item = Item(name="kept")
+            registry.add(self.item)
+
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"body"
+
+        def close(self) -> None:
+            assert self.item not in registry()
+            with pytest.raises(DetachedInstanceError):
+                _ = self.item.name
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return Body()
+
+    assert serve_once(SessionMiddleware(app, registry)).content == b"body"
+    assert names(outside) == ["kept"]
+
+
+tenant: ContextVar[str | None] = ContextVar("tenant", default=None)
+
+
+def stream_of_one(registry: Registry, kept: list[Item]) -> Any:
+    """An application whose stream stores one object, and a context variable around its call."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        token = tenant.set("acme")
+        start_response("200 OK", [])
+        kept.append(Item(name="kept"))
+        registry.add(kept[0])
+        tenant.reset(token)
+        return iter([b"one", b"two"])
+
+    return app
+
+
+def test_a_hook_that_raises_when_objects_are_detached_tears_no_stream(
+    registry: Registry, outside: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its work is durable by then, so the stream ends well and the log has the error."""
+    kept: list[Item] = []
+
+    @event.listens_for(registry.session_factory, "persistent_to_detached")
+    def hook(session: Session, item: object) -> None:
+        raise ZeroDivisionError
+
+    reply = serve_once(SessionMiddleware(stream_of_one(registry, kept), registry))
+    assert reply.content == b"onetwo"
+    assert names(outside) == ["kept"]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_hook_of_detached_objects_sees_the_applications_context(registry: Registry) -> None:
+    """What the application has set around its call is set when its objects are detached."""
+    kept: list[Item] = []
+    seen: list[str | None] = []
+
+    @event.listens_for(registry.session_factory, "persistent_to_detached")
+    def hook(session: Session, item: object) -> None:
+        seen.append(tenant.get())
+
+    serve_once(SessionMiddleware(stream_of_one(registry, kept), registry))
+    assert seen == ["acme"]
 
 
 def test_an_adapter_that_never_calls_close_loses_nothing(

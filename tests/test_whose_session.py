@@ -302,6 +302,22 @@ def test_remove_after_an_error_rolls_back(registry: Registry, outside: Engine) -
     assert names(outside) == ["second"]
 
 
+def test_remove_after_an_error_that_another_layer_began(engine: Engine, outside: Engine) -> None:
+    """So it does where a layer outside used environ["sessionscope.session"] first."""
+    registry = scoped_session(sessionmaker(engine), scopefunc=threading.get_ident)
+
+    def view() -> None:
+        fail_and_remove(registry)
+        registry.add(Item(id=1, name="second"))
+
+    def authenticate(environ: Any, start_response: Any) -> Any:
+        environ["sessionscope.session"].execute(select(Item))
+        return text(b"", before=view)(environ, start_response)
+
+    serve_once(SessionMiddleware(authenticate, registry), environ("POST"))
+    assert names(outside) == ["second"]
+
+
 def test_remove_after_an_error_is_no_success_by_itself(registry: Registry, outside: Engine) -> None:
     """A failed flush that was swallowed stays one when a teardown removes the session."""
 

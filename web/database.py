@@ -28,7 +28,7 @@ from web.options import StartError
 
 log = logging.getLogger("items")
 
-REMEDY = "run `alembic upgrade head`, or give the service a database of its own"
+REMEDY = "run `alembic upgrade head`, change the column, or use a database of its own"
 
 
 def parse_url(text: str, option: str) -> URL:

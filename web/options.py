@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     log.add("--log-level", "info", "debug shows each commit and rollback", choices=levels)
     log.add("--log-format", "text", "how a line is written", choices=["text", "json"])
     log.add_flag("--metrics", False, "serve /metrics for Prometheus")
+    log.add_flag("--demo", False, "show on the page what becomes of each session")
     return parser
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from pathlib import Path
 from urllib.parse import quote
 
 from web.compression import accepts_gzip
@@ -20,22 +19,20 @@ PAGE_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     # https://www.w3.org/TR/CSP3/: nothing but the page's own files and requests.
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
 }
 
 
 class StaticFile:
-    """A file, read and compressed once.
+    """A file, compressed once.
 
     :param media_type: what the file is; its text is UTF-8.
-    :raises OSError: if it cannot be read.
     """
 
-    def __init__(self, path: Path, media_type: str) -> None:
+    def __init__(self, content: bytes, media_type: str) -> None:
         self.media_type = media_type
-        content = path.read_bytes()
         self.plain = self.encoded(content)
         self.gzip = self.encoded(gzip.compress(content, mtime=0), {"Content-Encoding": "gzip"})
 

@@ -1,20 +1,24 @@
 /** The page for people: it shows the items in pages, and adds, renames and deletes them. */
 
 const LIMIT = 20; // items on one page
-const LONGEST = 16; // characters in a name, counted as the service counts them
-const PATIENCE = 30_000; // milliseconds to wait for an answer
+const PATIENCE = 30_000; // milliseconds to wait for a response
+const PAUSES = [1, 2, 4, 8]; // seconds before a request is repeated; the last of them for good
+const FIELDS = { name: /./, order: /^newest$/, after: /^\d+$/, before: /^\d+$/ }; // of the address
 
 const find = (selector, within = document) => within.querySelector(selector);
 const byId = (...ids) => ids.map((id) => document.getElementById(id));
-const [add, input, news, reveal] = byId("add", "name", "news", "reveal");
+const [add, input, news, reveal, trouble] = byId("add", "name", "news", "reveal", "trouble");
 const [list, heading, previous, next] = byId("list", "heading", "previous", "next");
+const [search, prefix, order, empty] = byId("search", "prefix", "order", "empty");
 
-let turn = Promise.resolve(); // ends when all that was asked for is done
-let trail = [0]; // after which id each page begins that led here, this one last
 let shown = new Map(); // the rows on this page, by the id of the item
+let loading = new AbortController(); // ends the reading of a page when another is wanted
+let pending = {}; // what is being added, and the key by which it is added once
+const troubled = new Set(); // requests that are being repeated
 
 const quote = (name) => `“\u2068${name ?? ""}\u2069”`; // isolated, whatever its direction
-const changed = (name) => `Changed by somebody else meanwhile: now ${quote(name)}.`;
+const format = (number) => number.toLocaleString("en");
+const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}.`;
 
 /** Why something was not done, in words for the user; *facts* are status, invalid and stale. */
 class Problem extends Error {
@@ -24,126 +28,256 @@ class Problem extends Error {
   }
 }
 
-/** Make one request: its JSON and its headers, or a Problem. */
-async function call(method, path, body, etag) {
+// Requests
+
+/** Make a request until it succeeds or is refused: its JSON and its headers, or a Problem. */
+export async function call(method, path, { body, etag, key, signal } = {}) {
   const headers = { Accept: "application/json" };
   if (body) headers["Content-Type"] = "application/json";
   if (etag) headers["If-Match"] = etag;
-  const signal = AbortSignal.timeout(PATIENCE);
-  const request = { method, headers, body: JSON.stringify(body), signal };
+  if (key) headers["Idempotency-Key"] = key;
+  const stopping = new AbortController();
+  const ended = AbortSignal.any([stopping.signal, ...(signal ? [signal] : [])]);
+  const waiting = { stop: () => stopping.abort(stopped(method)) };
   try {
-    const response = await fetch(path, request);
-    const content = response.status === 204 ? null : await response.json();
-    if (response.ok) return { content, headers: response.headers };
-    throw refusal(response.status, content, response.headers);
-  } catch (error) {
-    if (error instanceof Problem) throw error;
-    throw doubtful("The service does not answer.", method);
+    for (let repeats = 0; ; repeats++) {
+      const request = { method, headers, body: JSON.stringify(body) };
+      const { status, content, headers: received } = await attempt(path, request, ended);
+      if (status < 300) return { content, headers: received };
+      if (status === 404 && method === "DELETE" && repeats) return {}; // an earlier one did it
+      if (!canRepeat(status, received, key)) throw refusal(status, content);
+      waiting.message = content.error ?? content.title;
+      await pause(waiting, PAUSES[Math.min(repeats, PAUSES.length - 1)], ended);
+    }
+  } finally {
+    troubled.delete(waiting);
+    showTrouble();
   }
 }
 
-function refusal(status, { error, id }, headers) {
-  const unknown = headers.get("Commit-Outcome") === "unknown";
-  if (unknown) return doubtful("The service could not finish.");
-  const sentences = [`${error.charAt(0).toUpperCase()}${error.slice(1)}.`];
-  if (id) sentences.push(`The log has more under ${id}.`);
-  const wait = headers.get("Retry-After");
-  if (/^\d+$/.test(wait)) sentences.push(`Try again in ${wait} s.`);
-  return new Problem(sentences.join(" "), { status, invalid: status === 422 });
+/** Send a request once; what does not respond is like a 503. */
+async function attempt(path, request, ended) {
+  try {
+    const signal = AbortSignal.any([ended, AbortSignal.timeout(PATIENCE)]);
+    const response = await fetch(path, { ...request, signal });
+    const { status, headers } = response;
+    const isJSON = /\bjson\b/.test(headers.get("Content-Type"));
+    const other = { error: `the server responded ${status}` }; // a proxy, for example
+    return { status, headers, content: isJSON ? await response.json() : other };
+  } catch {
+    ended.throwIfAborted();
+    return { status: 503, content: { error: "the service does not respond" } };
+  }
 }
 
-function doubtful(message, method) {
-  if (method === "GET") return new Problem(message);
-  return new Problem(`${message} It is not known whether the change was made.`, { stale: true });
+/** Whether the same request may succeed later, and does no harm if it already has. */
+function canRepeat(status, headers, key) {
+  if (status === 409) return key && headers.has("Retry-After"); // its first attempt still runs
+  return [502, 503, 504].includes(status);
 }
 
-function checked(name) {
-  const { length } = [...name];
-  if (length >= 1 && length <= LONGEST) return name;
-  const message = `A name has 1 to ${LONGEST} characters, this one has ${length}.`;
-  throw new Problem(message, { invalid: true });
+function refusal(status, { error, title, errors = [], id }) {
+  const details = id ? ` The log has more under ${id}.` : "";
+  return new Problem(sentence(error ?? title) + details, { status, invalid: errors.some(({ field }) => field === "name") });
 }
 
-/** Do *task* after all that was asked for before; what goes wrong is told at *place*. */
-function act(place, task) {
-  place.ariaBusy = "true";
-  turn = turn.then(async () => {
-    tell(place, "");
-    await task().catch((problem) => report(place, problem));
-    place.ariaBusy = "false";
+function stopped(method) {
+  if (method === "GET") return new Problem("The service does not respond.");
+  return new Problem("The service has not confirmed this. It is safe to try again.", { stale: true });
+}
+
+/** Wait before a request is repeated, and tell the user. */
+function pause(waiting, seconds, ended) {
+  return new Promise((resolve, reject) => {
+    waiting.resume = resolve;
+    setTimeout(resolve, seconds * 1000);
+    ended.addEventListener("abort", () => reject(ended.reason));
+    troubled.add(waiting);
+    showTrouble();
   });
+}
+
+function showTrouble() {
+  const messages = new Set([...troubled].map(({ message }) => sentence(message)));
+  const text = troubled.size ? `${[...messages].join(" ")} Trying again…` : "";
+  if (trouble.textContent !== text) trouble.textContent = text;
+}
+
+const resume = () => troubled.forEach((waiting) => waiting.resume());
+
+/** A value that nobody else makes up; `randomUUID` is there on secure sites only. */
+function newKey() {
+  if (crypto.randomUUID) return crypto.randomUUID();
+  return crypto.getRandomValues(new Uint32Array(4)).join("-");
+}
+
+// What is said, and where
+
+/** Do *task*; what goes wrong is told at *place*. */
+async function act(place, task) {
+  place.ariaBusy = "true";
+  announce("");
+  tell(place, "");
+  await task().catch((problem) => report(place, problem));
+  place.ariaBusy = "false";
 }
 
 /** Do *task* with what is typed when *form* is submitted; a double click is one wish. */
 function onSubmit(form, place, task) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    const typed = find("input", place).value;
+    const typed = find("input", place).value.trim();
     if (place.ariaBusy !== "true") act(place, () => task(typed));
+  });
+  form.addEventListener("input", (event) => {
+    if (event.target.ariaInvalid === "true") tell(place, "");
   });
 }
 
 async function report(place, problem) {
   if (!(problem instanceof Problem)) reportError(problem);
-  if (problem.stale) await load(trail).catch(() => {}); // then the list stays as it was
-  announce("");
-  tell(place.isConnected ? place : list, problem.message, problem.invalid);
+  tell(place, problem.message, problem.invalid);
+  if (!problem.stale) return;
+  await load();
+  if (!place.isConnected) tell(list, problem.message);
 }
 
 function tell(place, message, invalid = false) {
+  const field = find("input", place);
   find("[role=alert]", place).textContent = message;
-  if (place === list) return;
-  find("input", place).ariaInvalid = String(invalid);
-  if (invalid) moveFocus(place, find("input", place));
+  field.ariaInvalid = String(invalid);
+  if (invalid) moveFocus(place, field);
 }
 
-/** Move the focus on, unless the user has taken it elsewhere meanwhile. */
-function moveFocus(from, to) {
-  const focused = document.activeElement;
-  if (from.contains(focused) || focused === document.body) to.focus();
-}
-
-/** Show the page that the last of *keys* begins, or the one before where it has become empty. */
-async function load(keys) {
-  const after = keys.at(-1) ? `&after=${keys.at(-1)}` : "";
-  const { content, headers } = await call("GET", `./?limit=${LIMIT}${after}`);
-  if (content.items.length === 0 && keys.length > 1) return load(keys.slice(0, -1));
-  trail = keys;
-  previous.disabled = keys.length === 1;
-  next.disabled = !/\brel="?next\b/.test(headers.get("Link"));
-  find("#pages").hidden = previous.disabled && next.disabled;
-  show(content.items);
-}
-
-/** Say what has been done; what was said before is no more to be shown. */
+/** Say what has been done; what was said before is no longer to be shown. */
 function announce(message) {
   news.textContent = message;
   reveal.hidden = true;
 }
 
-/** Show *items*; a row that stays keeps its open form, what is typed in it, and the focus. */
-function show(items) {
+/** Move the focus on, unless the user has taken it elsewhere in the meantime. */
+function moveFocus(from, to) {
+  const focused = document.activeElement;
+  if (from.contains(focused) || focused === document.body) to.focus();
+}
+
+// The list, which is what the address says
+
+function address() {
+  const given = new URLSearchParams(location.search);
+  const entries = Object.entries(FIELDS).map(([name, pattern]) => {
+    const value = given.get(name) ?? "";
+    return [name, pattern.test(value) ? value : ""];
+  });
+  return Object.fromEntries(entries);
+}
+
+function encode(fields) {
+  const entries = Object.entries(fields).filter(([, value]) => value !== "");
+  return String(new URLSearchParams(entries));
+}
+
+/** Show another page: the first that these fields name, or a later one. */
+function go(fields, change = "pushState") {
+  const url = new URL(location);
+  url.search = encode(fields);
+  if (url.href !== location.href) history[change](null, "", url);
+  return follow();
+}
+
+/** Show what the address says, in the form for searching, too. */
+function follow() {
+  const { name, order: direction } = address();
+  [prefix.value, order.value] = [name, direction];
+  return load();
+}
+
+/** Show the page that the address names; a row that stays keeps what is typed in it. */
+export async function load() {
+  loading.abort();
+  loading = new AbortController();
+  const { signal } = loading;
+  const fields = address();
+  list.ariaBusy = "true";
+  try {
+    const page = await read(fields, signal);
+    if (page.items.length === 0 && (fields.after || fields.before) && page.total.count) {
+      const { name, order: direction, after, before } = fields; // all of it has been deleted
+      const edge = direction === "newest" ? before - 1 : Number(after) + 1;
+      return await go(await pageBefore(name, direction, edge, signal), "replaceState");
+    }
+    tell(list, "");
+    show(page, fields);
+  } catch (problem) {
+    if (!signal.aborted) await report(list, problem);
+  } finally {
+    if (!signal.aborted) list.ariaBusy = "false";
+  }
+}
+
+/** Read a page, how many items there are, and how many of them come before it. */
+async function read(fields, signal) {
+  const get = (path) => call("GET", path, { signal });
+  const { name } = fields;
+  const [{ content, headers }, { content: total }] = await Promise.all([
+    get(`./?${encode({ limit: LIMIT, ...fields })}`),
+    get(`./count?${encode({ name })}`),
+  ]);
+  const { items } = content;
+  let position = { count: 0, exact: true };
+  if (items.length && (fields.after || fields.before)) {
+    const side = fields.order === "newest" ? "after" : "before";
+    position = (await get(`./count?${encode({ name, [side]: items[0].id })}`)).content;
+  }
+  const isLast = !/\brel="?next\b/.test(headers.get("Link"));
+  return { items, total, position, isLast };
+}
+
+/** The fields of the page that ends right before the item *id*. */
+async function pageBefore(name, direction, id, signal) {
+  const [opposite, beyond, key] =
+    direction === "newest" ? ["", "after", "before"] : ["newest", "before", "after"];
+  const query = encode({ limit: LIMIT + 1, name, order: opposite, [beyond]: id });
+  const { items } = (await call("GET", `./?${query}`, { signal })).content;
+  const fields = { name, order: direction };
+  return items.length > LIMIT ? { ...fields, [key]: items.at(-1).id } : fields;
+}
+
+function show({ items, total, position, isLast }, { name }) {
   const focused = document.activeElement;
   const before = shown;
   shown = new Map(items.map(({ id }) => [id, before.get(id) ?? new Row(id)]));
   for (const { id, name } of items) shown.get(id).update(name);
   find("#rows").replaceChildren(...[...shown.values()].map((row) => row.element));
-  find("#empty").hidden = items.length > 0;
+  heading.textContent = describe(total, position, items.length);
+  previous.disabled = position.count === 0;
+  next.disabled = isLast;
+  find("#pages").hidden = previous.disabled && next.disabled;
+  empty.hidden = items.length > 0;
+  empty.textContent = name
+    ? `No name begins with ${quote(name)}.`
+    : "There is nothing here yet. Add the first item above.";
   (focused.isConnected ? focused : heading).focus({ preventScroll: true });
 }
 
+/** Which items are shown, of how many: “21–40 of 2,500”. */
+function describe(total, position, length) {
+  if (length === 0) return "No items";
+  const [first, last] = [position.count + 1, position.count + length];
+  const all = total.exact ? format(Math.max(total.count, last)) : `more than ${format(total.count)}`;
+  if (!position.exact) return `${length} of ${all}`;
+  return `${format(first)}${last > first ? `–${format(last)}` : ""} of ${all}`;
+}
+
 /** Show another page; the focus stays on *button* while it is of use there. */
-function turnTo(keys, button, other = heading) {
+function turn(button, other, fields) {
   act(list, async () => {
-    await load(keys());
-    const ids = [...shown.keys()];
-    announce(ids.length ? `Items ${ids.at(0)} to ${ids.at(-1)}.` : "");
-    const places = [button, other, heading];
-    moveFocus(button, places.find(({ disabled, hidden }) => !disabled && !hidden));
+    await go(await fields());
+    moveFocus(button, [button, other].find((place) => !place.disabled && !place.hidden) ?? heading);
   });
 }
 
-const refresh = () => act(list, () => load(trail));
+// Items
 
 /** An item on the page, with its two forms. */
 class Row {
@@ -154,20 +288,22 @@ class Row {
     find(".number", this.element).textContent = id;
     find("[role=alert]", this.element).id = `error-${id}`;
     this.input.setAttribute("aria-describedby", `error-${id}`);
-    this.offer("rename", (form, typed) => this.rename(form, typed));
-    this.offer("delete", () => this.delete());
+    this.offer("rename", "Save again to overwrite.", (form, name) => this.rename(form, name));
+    this.offer("delete", "Delete it all the same?", () => this.delete());
   }
 
   /** Let a button open its form, which does *task* or is left as if it had not been opened. */
-  offer(kind, task) {
+  offer(kind, advice, task) {
     const opener = find(`button.${kind}`, this.element);
     const form = find(`form.${kind}`, this.element);
     const toggle = (open) => {
+      this.advice = advice;
       this.view.hidden = open;
       form.hidden = !open;
       this.input.value = this.name;
       tell(this.element, "");
       moveFocus(this.element, open ? find(".first", form) : opener);
+      if (open) this.input.select();
     };
     opener.addEventListener("click", () => toggle(true));
     form.addEventListener("reset", () => toggle(false));
@@ -178,17 +314,22 @@ class Row {
   }
 
   update(name) {
-    if (this.view.hidden && name !== this.name) tell(this.element, changed(name));
+    if (this.view.hidden && name !== this.name) tell(this.element, this.changed(name));
     this.name = name;
     for (const place of this.element.querySelectorAll("bdi")) place.textContent = name;
   }
 
-  async rename(form, typed) {
-    const name = checked(typed);
-    await this.change("PUT", { name });
+  changed(name) {
+    return `Someone else changed this to ${quote(name)}. ${this.advice}`;
+  }
+
+  async rename(form, name) {
+    const { content } = await this.change("PATCH", { body: { name }, key: newKey() });
+    this.name = content.name;
     form.reset();
-    this.update(name);
-    announce(`Renamed to ${quote(name)}.`);
+    this.update(content.name);
+    announce(`Renamed to ${quote(content.name)}.`);
+    load();
   }
 
   async delete() {
@@ -197,18 +338,17 @@ class Row {
     moveFocus(this.element, above ? find("button.delete", above) : heading);
     this.element.remove();
     announce(`Deleted ${quote(this.name)}.`);
-    refresh();
+    load();
   }
 
   /** Change the item, but only while it still is what the user sees. */
-  async change(method, body) {
+  async change(method, options) {
     try {
-      await call(method, this.path, body, await this.etag());
+      return await call(method, this.path, { ...options, etag: await this.etag() });
     } catch (problem) {
       if (problem.status === 412) await this.etag(); // which says what it has become
       if (problem.status !== 404) throw problem;
-      const message = `${quote(this.name)} was deleted by somebody else meanwhile.`;
-      throw new Problem(message, { stale: true });
+      throw new Problem(`${quote(this.name)} has already been deleted.`, { stale: true });
     }
   }
 
@@ -216,24 +356,61 @@ class Row {
     const { content, headers } = await call("GET", this.path);
     if (content.name === this.name) return headers.get("ETag");
     this.update(content.name);
-    throw new Problem(changed(content.name));
+    throw new Problem(this.changed(content.name));
   }
 }
 
-onSubmit(add, add, async (typed) => {
-  const name = typed && checked(typed);
-  const { content: item } = await call("POST", "./", name ? { name } : undefined);
-  if (input.value === typed) input.value = "";
-  announce(`Added ${quote(item.name)}, number ${item.id}.`);
-  act(list, async () => {
-    await load(trail);
-    reveal.hidden = shown.has(item.id);
-    reveal.onclick = () => turnTo(() => [...trail, item.id - 1], reveal);
+onSubmit(add, add, async (name) => {
+  if (pending.name !== name) pending = { name, key: newKey() };
+  const body = name ? { name } : undefined;
+  const { content: item } = await call("POST", "./", { body, key: pending.key });
+  pending = {};
+  if (input.value.trim() === name) input.value = "";
+  moveFocus(add, input);
+  const message = `Added ${quote(item.name)}, number ${item.id}.`;
+  announce(message);
+  load().then(() => {
+    reveal.hidden = shown.has(item.id) || news.textContent !== message;
+    reveal.onclick = () => turn(reveal, heading, () => pageOf(item.id));
   });
 });
-const forward = () => [...trail, [...shown.keys()].at(-1)];
-const back = () => trail.slice(0, -1);
-next.addEventListener("click", () => turnTo(forward, next, previous));
-previous.addEventListener("click", () => turnTo(back, previous, next));
-find("#refresh").addEventListener("click", refresh);
-refresh();
+
+/** The fields of the page that has the newest item, whatever was searched for. */
+function pageOf(id) {
+  const { order: direction } = address();
+  return direction === "newest" ? { order: direction } : pageBefore("", "", id + 1);
+}
+
+function following() {
+  const { name, order: direction } = address();
+  const key = direction === "newest" ? "before" : "after";
+  return { name, order: direction, [key]: [...shown.keys()].at(-1) };
+}
+
+function preceding() {
+  const { name, order: direction } = address();
+  return pageBefore(name, direction, [...shown.keys()].at(0));
+}
+
+/** Show the first page of what the form for searching says. */
+function look() {
+  const fields = { name: prefix.value.trim(), order: order.value };
+  act(list, () => go(fields));
+}
+
+next.addEventListener("click", () => turn(next, previous, following));
+previous.addEventListener("click", () => turn(previous, next, preceding));
+find("#refresh").addEventListener("click", () => act(list, load));
+search.addEventListener("submit", (event) => {
+  event.preventDefault();
+  look();
+});
+order.addEventListener("change", look);
+prefix.addEventListener("input", () => {
+  if (!prefix.value) look();
+});
+find("#again").addEventListener("click", resume);
+find("#stop").addEventListener("click", () => troubled.forEach((waiting) => waiting.stop()));
+addEventListener("online", resume);
+addEventListener("popstate", () => act(list, follow));
+follow();
