@@ -260,7 +260,7 @@ def test_errors_are_answered_around_the_middleware(
 
     names = reader.run("outcomes")
     inner = SessionMiddleware(plain("200 OK", fail), names["Session"])
-    TestApp(names["answering_errors"](inner)).get("/", status=status)
+    TestApp(names["with_error_responses"](inner)).get("/", status=status)
 
 
 def test_other_rules(reader: Reader) -> None:
