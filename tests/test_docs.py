@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
-from contextlib import closing
+from contextlib import ExitStack, closing
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -417,6 +417,18 @@ def test_a_request_may_have_a_limit(reader: Reader, postgresql_url: str) -> None
     names["Order"].__table__.drop(engine)
     engine.dispose()
     assert found == ["2s", "0"]
+
+
+def test_the_tests_of_the_tutorial_pass(reader: Reader) -> None:
+    """The tests that the tutorial writes pass in any order, and leave no order behind."""
+    written = "test_an_order_is_stored", "test_the_moon_is_not_for_sale"
+    next(step for step in reader.steps("tutorial") if written[1] in step.parsed)
+    tests = [reader.names[name] for name in written]
+    before = reader.orders()
+    for test in (*tests, *reversed(tests)):
+        with ExitStack() as stack:
+            test(lambda registry: stack.enter_context(testing.isolated(registry)))
+    assert reader.orders() == before
 
 
 def test_callbacks_work_after_the_commit(reader: Reader) -> None:
