@@ -26,6 +26,8 @@ _PROCESS = "sessionscope.process"
 
 _opened: WeakSet[Any] = WeakSet()
 
+_engines: WeakSet[Engine] = WeakSet()
+
 _inherited: list[object] = []
 """What is kept of the parent, since SQLite's connections must not even be closed in a child
 (https://www.sqlite.org/howtocorrupt.html, 2.6)."""
@@ -42,6 +44,12 @@ def _note_process(dbapi_connection: object, record: Any) -> None:
         _opened.add(record)
 
 
+@event.listens_for(Engine, "engine_connect")
+def _note_engine(connection: Connection) -> None:
+    if _PROCESS in connection.info:
+        _engines.add(connection.engine)
+
+
 def _is_in_memory(dbapi_connection: object) -> bool:
     if not isinstance(dbapi_connection, sqlite3.Connection):
         return False
@@ -55,6 +63,8 @@ def _forget_connections() -> None:
         _inherited.append(record.dbapi_connection)
         record.dbapi_connection = None
     _opened.clear()
+    for engine in list(_engines):  # a pool counts what threads of the parent had out
+        engine.dispose(close=False)
 
 
 os.register_at_fork(after_in_child=_forget_connections)
