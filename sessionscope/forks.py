@@ -44,12 +44,6 @@ def _note_process(dbapi_connection: object, record: Any) -> None:
         _opened.add(record)
 
 
-@event.listens_for(Engine, "engine_connect")
-def _note_engine(connection: Connection) -> None:
-    if _PROCESS in connection.info:
-        _engines.add(connection.engine)
-
-
 def _is_in_memory(dbapi_connection: object) -> bool:
     if not isinstance(dbapi_connection, sqlite3.Connection):
         return False
@@ -63,7 +57,7 @@ def _forget_connections() -> None:
         _inherited.append(record.dbapi_connection)
         record.dbapi_connection = None
     _opened.clear()
-    for engine in list(_engines):  # a pool counts what threads of the parent had out
+    for engine in list(_engines):  # whose pools count what threads of the parent had out
         engine.dispose(close=False)
 
 
@@ -71,7 +65,8 @@ os.register_at_fork(after_in_child=_forget_connections)
 
 
 def survive_forks(engine: Engine) -> None:
-    """Have *engine* open connections of its own in a process that was forked without a word."""
+    """Have *engine*, of a database not in memory, open connections of its own in a child."""
+    _engines.add(engine)
     event.listen(engine, "checkout", _on_checkout)
 
 

@@ -248,10 +248,10 @@ def test_a_key_of_the_parent_is_not_in_flight_in_a_child(sqlite_url: str) -> Non
 
 OUT = """
 import os, sys, threading
-from sqlalchemy import create_engine
-import middleware  # which looks after connections
+from sessionscope import engines
 
-engine = create_engine(sys.argv[1], pool_size=1, max_overflow=0, pool_timeout=0)
+engines.POOL_TIMEOUT = 0.0
+engine = engines.make_engine(sys.argv[1], pool_size=1)
 is_out, may_end = threading.Event(), threading.Event()
 
 
@@ -277,7 +277,7 @@ thread.join()
 
 def test_what_a_parent_had_out_is_not_missing_in_a_child(any_url: str) -> None:
     """A pool of one connection, which a thread of the parent had out, has one in the child."""
-    assert run(OUT, with_driver(any_url))[0].splitlines() == ["1"]
+    assert run(OUT, any_url)[0].splitlines() == ["1"]
 
 
 @pytest.fixture
