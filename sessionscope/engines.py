@@ -153,7 +153,8 @@ def _sqlite_engine(url: URL, drivername: str, pragma: str, *, pool_size: int) ->
             dbapi_connection.execute(f"PRAGMA {setting}")
         _set_when_free(dbapi_connection, pragma)
 
-    survive_forks(engine)
+    if not is_in_memory(url):
+        survive_forks(engine)
     return engine
 
 

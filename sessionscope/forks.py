@@ -26,6 +26,8 @@ _PROCESS = "sessionscope.process"
 
 _opened: WeakSet[Any] = WeakSet()
 
+_engines: WeakSet[Engine] = WeakSet()
+
 _inherited: list[object] = []
 """What is kept of the parent, since SQLite's connections must not even be closed in a child
 (https://www.sqlite.org/howtocorrupt.html, 2.6)."""
@@ -55,13 +57,16 @@ def _forget_connections() -> None:
         _inherited.append(record.dbapi_connection)
         record.dbapi_connection = None
     _opened.clear()
+    for engine in list(_engines):  # whose pools count what threads of the parent had out
+        engine.dispose(close=False)
 
 
 os.register_at_fork(after_in_child=_forget_connections)
 
 
 def survive_forks(engine: Engine) -> None:
-    """Have *engine* open connections of its own in a process that was forked without a word."""
+    """Have *engine*, of a database not in memory, open connections of its own in a child."""
+    _engines.add(engine)
     event.listen(engine, "checkout", _on_checkout)
 
 

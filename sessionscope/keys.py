@@ -187,10 +187,10 @@ class Claim:
             raise
 
     def execute(self, statement: Executable) -> Any:
+        # On the connection, since a get_bind() of the application's may ignore the bind.
+        connection = self.unit.session.connection({"bind": self.bind})
         options = {"preserve_rowcount": True}  # of an INSERT, too
-        bind = {"bind": self.bind}
-        session = self.unit.session
-        return session.execute(statement, bind_arguments=bind, execution_options=options)
+        return connection.execute(statement, execution_options=options)
 
     def refuse_autocommit(self) -> None:
         """Refuse a connection on which the key would be durable before the work is."""

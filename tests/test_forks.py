@@ -246,6 +246,40 @@ def test_a_key_of_the_parent_is_not_in_flight_in_a_child(sqlite_url: str) -> Non
     assert run(KEYED, sqlite_url)[0].splitlines() == ["201 Created"]
 
 
+OUT = """
+import os, sys, threading
+from sessionscope import engines
+
+engines.POOL_TIMEOUT = 0.0
+engine = engines.make_engine(sys.argv[1], pool_size=1)
+is_out, may_end = threading.Event(), threading.Event()
+
+
+def hold():
+    with engine.connect():
+        is_out.set()
+        may_end.wait()
+
+
+thread = threading.Thread(target=hold)
+thread.start()
+is_out.wait()
+child = os.fork()
+if child == 0:
+    with engine.connect() as connection:
+        print(connection.exec_driver_sql("SELECT 1").scalar(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+may_end.set()
+thread.join()
+"""
+
+
+def test_what_a_parent_had_out_is_not_missing_in_a_child(any_url: str) -> None:
+    """A pool of one connection, which a thread of the parent had out, has one in the child."""
+    assert run(OUT, any_url)[0].splitlines() == ["1"]
+
+
 @pytest.fixture
 def empty(any_engine: object) -> None:
     """The tables are there, and dropped at the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,10 +11,13 @@ from alembic.autogenerate import compare_metadata, produce_migrations
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from keyed_service import Service, code, is_replay, key_table, keys, post, rows, sent
+from sessionscope.engines import make_engine
 from sessionscope.idempotency import Idempotency, idempotency_table
 from sqlalchemy import (
+    Delete,
     Engine,
     MetaData,
+    Update,
     create_engine,
     inspect,
     make_url,
@@ -22,7 +26,7 @@ from sqlalchemy import text as sql
 from sqlalchemy.dialects import registry as dialects
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 from support import (
     environ,
@@ -215,6 +219,27 @@ def test_a_session_that_does_not_begin_by_itself(undo: bool, any_service: Servic
     first = any_service.post()
     assert is_replay(any_service.post(), first)
     assert any_service.calls == 1
+
+
+def test_a_session_that_routes_keeps_its_keys_where_it_writes(
+    service: Service, engine: Engine, tmp_path: Path
+) -> None:
+    """They are on the engine of UPDATE and DELETE, and the one for reading needs no table.
+
+    https://docs.sqlalchemy.org/en/20/orm/persistence_techniques.html#custom-vertical-partitioning
+    """
+    reader = make_engine(f"sqlite:///{tmp_path}/reader.db")
+
+    class RoutingSession(Session):
+        def get_bind(self, *args: Any, clause: Any = None, **kwargs: Any) -> Engine:
+            return engine if self._flushing or isinstance(clause, (Update, Delete)) else reader
+
+    words = sent(reader)
+    routed = Service(engine, registry=scoped_session(sessionmaker(class_=RoutingSession)))
+    first = routed.post()
+    assert is_replay(routed.post(), first)
+    assert (code(first), len(rows(engine)), words) == (201, 1, [])
+    reader.dispose()
 
 
 # Once.
