@@ -108,7 +108,7 @@ class build_middleware(build_py):
 setup(
     name="sessionscope",
     version=VERSION[1],
-    description="One SQLAlchemy session per WSGI request, and a 2xx that can be trusted",
+    description="One SQLAlchemy session per WSGI request, and a 2xx you can trust",
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     keywords="sqlalchemy wsgi middleware session transaction commit rollback retry idempotency",
