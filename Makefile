@@ -12,7 +12,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := pytest -q --numprocesses 2 --dist loadgroup --ignore tests/packaging
+PYTEST := pytest -q --numprocesses 4 --dist loadgroup --ignore tests/packaging
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all check suites docs bench storm field fuzz test-matrix clean
 

@@ -29,8 +29,15 @@ SERVERS = {
 """Servers that tests pause and kill: those of one are run by one worker, in turn."""
 
 
+MODULES = ["test_attack.py", "test_docs.py", "test_page.py"]
+"""Modules that prepare once, for long, what all of their tests look at: one worker runs each."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.name in MODULES:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            continue
         for fixture, group in SERVERS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(group))

@@ -22,6 +22,8 @@ from models import Item
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
 
+pytestmark = pytest.mark.long
+
 Registry = scoped_session[Session]
 
 

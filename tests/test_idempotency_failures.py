@@ -28,6 +28,8 @@ from support import PATIENCE, Reply, names
 if TYPE_CHECKING:
     pass
 
+pytestmark = pytest.mark.long
+
 
 # A COMMIT whose answer is lost.
 

@@ -140,10 +140,7 @@ def test_purge_ends_where_nothing_can_be_deleted(service: Service, engine: Engin
     old_keys(engine, 3)
     with engine.begin() as connection:
         connection.execute(
-            sql(
-                "CREATE TRIGGER keep BEFORE DELETE ON idempotency_keys "
-                "BEGIN SELECT RAISE(IGNORE); END"
-            )
+            sql("CREATE TRIGGER keep BEFORE DELETE ON once BEGIN SELECT RAISE(IGNORE); END")
         )
     begun: list[Connection] = []
 

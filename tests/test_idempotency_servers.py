@@ -78,9 +78,10 @@ def test_an_error_is_not_kept(site: Site) -> None:
 
 @pytest.mark.parametrize("site", ["uwsgi"], indirect=True)
 def test_a_chunked_body_of_which_the_server_knows_no_end(site: Site) -> None:
-    """It is a 411 on uWSGI, which gives such a body by a function of its own."""
+    """It is a 411 on uWSGI, or cut off since nobody reads it, and is not carried out."""
     port, engine = site
-    assert asked(port, "sofa", key="sofa", Transfer_Encoding="chunked").status == 411
+    answer = ask(port, "sofa", key="sofa", Transfer_Encoding="chunked")
+    assert answer is None or answer.status == 411
     assert "sofa" not in names(engine)
 
 

@@ -23,6 +23,8 @@ from resources import Filter, clean_name, make_app
 from web.router import Router
 from web.validation import InvalidField
 
+pytestmark = pytest.mark.long
+
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 EXAMPLES = 20
 """Requests that are made up for each operation."""

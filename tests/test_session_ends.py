@@ -770,6 +770,8 @@ class Databases:
             with engine.begin() as connection:
                 for table in (debts, Item.__table__, Note.__table__):
                     connection.execute(sql(self.how_to_empty(engine, table)))
+                if engine.dialect.name == "sqlite":
+                    connection.execute(sql("DELETE FROM sqlite_sequence"))  # ids begin again
 
     def how_to_empty(self, engine: Engine, table: Any) -> str:
         if engine.dialect.name == "sqlite":
