@@ -151,11 +151,11 @@ def serving(app: WSGIApplication, threads: int = 4, **options: Any) -> Iterator[
     try:
         yield int(server.effective_port)
     finally:
-        server.task_dispatcher.shutdown()
         stopping.set()
         server.pull_trigger()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+        server.task_dispatcher.shutdown()  # it would drop the requests that are left, and wait
         wasyncore.close_all(server._map, True)
 
 

@@ -83,7 +83,8 @@ def test_what_the_server_refuses_is_as_any_other_error(
     assert json.loads(reply.content) == {"error": words}
     assert reply.headers["connection"] == "close"
     assert client.file.read() == b""
-    assert f"id={reply.headers['x-request-id']}" in running.log
+    line = f"id={reply.headers['x-request-id']}"
+    until(lambda: line in running.log, "its line in the log")
 
 
 @pytest.mark.parametrize(
