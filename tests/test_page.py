@@ -451,6 +451,7 @@ def test_a_name_is_trimmed(visit: Visit, outside: Engine) -> None:
     """Blanks around a name are left out, and blanks alone are no name."""
     with visit() as visitor:
         visitor.add(" lamp ")
+        visitor.sees("lamp")
         visitor.add("  ")
         visitor.sees("lamp", "Item #2")
         expect(visitor.field).to_have_value("")
