@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sessionscope import SessionMiddleware
 from sessionscope.engines import make_engine
+from sqlalchemy import create_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import scoped_session, sessionmaker
+from support import environ, names, serve_once
 
-from models import Base
+from models import Base, Item
 
 SCRIPT = """
 import ctypes, json, logging, os, sys
@@ -278,6 +284,30 @@ thread.join()
 def test_what_a_parent_had_out_is_not_missing_in_a_child(any_url: str) -> None:
     """A pool of one connection, which a thread of the parent had out, has one in the child."""
     assert run(OUT, any_url)[0].splitlines() == ["1"]
+
+
+@pytest.mark.parametrize("make", [make_engine, create_engine])
+def test_a_process_that_has_another_number(
+    make: Any, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves all connections alone; seen from within, where C forks nobody can look."""
+    engine = make(sqlite_url)
+    Base.metadata.create_all(engine)
+    registry = scoped_session(sessionmaker(engine))
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        registry.add(Item(name="kept"))
+        start_response("200 OK", [])
+        return [b"fine"]
+
+    number = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: number + 1)
+    if make is create_engine:
+        with pytest.raises(DBAPIError):
+            serve_once(SessionMiddleware(app, registry), environ("POST"))
+    assert serve_once(SessionMiddleware(app, registry), environ("POST")).status == OK
+    assert names(engine) == ["kept"]
+    engine.dispose()
 
 
 @pytest.fixture
