@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from databases import INNODB_PAUSE, execute, until
 from sessionscope import SessionMiddleware
 from sessionscope.idempotency import Idempotency, idempotency_table
@@ -221,3 +222,17 @@ class Rivals:
         self.threads.shutdown()
         for service in self.services:
             event.remove(bind_of(service), "begin", self.begin)
+
+
+@pytest.fixture
+def service(engine: Engine) -> Iterator[Service]:
+    """The service on SQLite."""
+    with key_table(engine):
+        yield Service(engine)
+
+
+@pytest.fixture
+def any_service(any_engine: Engine) -> Iterator[Service]:
+    """The same on each engine in turn."""
+    with key_table(any_engine):
+        yield Service(any_engine)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import keyed_service
 import pytest
 from alembic.autogenerate import compare_metadata, produce_migrations
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from keyed_service import Service, code, is_replay, key_table, keys, post, rows, sent
+from keyed_service import Service, code, is_replay, keys, post, rows, sent
 from sessionscope.engines import make_engine
 from sessionscope.idempotency import Idempotency, idempotency_table
 from sqlalchemy import (
@@ -39,21 +40,9 @@ from support import (
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+service, any_service = keyed_service.service, keyed_service.any_service
+
 Registry = scoped_session[Session]
-
-
-@pytest.fixture
-def service(engine: Engine) -> Iterator[Service]:
-    """The service on SQLite."""
-    with key_table(engine):
-        yield Service(engine)
-
-
-@pytest.fixture
-def any_service(any_engine: Engine) -> Iterator[Service]:
-    """The same on each engine in turn."""
-    with key_table(any_engine):
-        yield Service(any_engine)
 
 
 # Wiring.

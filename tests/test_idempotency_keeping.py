@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from time import time_ns
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import keyed_service
 import pytest
 from keyed_service import Service, code, is_replay, key_table, keys, rows, sent
 from sessionscope.engines import make_engine
@@ -34,24 +34,9 @@ from support import (
     text,
 )
 
-if TYPE_CHECKING:
-    pass
+service, any_service = keyed_service.service, keyed_service.any_service
 
 Registry = scoped_session[Session]
-
-
-@pytest.fixture
-def service(engine: Engine) -> Iterator[Service]:
-    """The service on SQLite."""
-    with key_table(engine):
-        yield Service(engine)
-
-
-@pytest.fixture
-def any_service(any_engine: Engine) -> Iterator[Service]:
-    """The same on each engine in turn."""
-    with key_table(any_engine):
-        yield Service(any_engine)
 
 
 # Keeping.

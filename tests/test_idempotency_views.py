@@ -9,6 +9,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import flask
+import keyed_service
 import pytest
 from flask_sqlalchemy import SQLAlchemy
 from keyed_service import Service, code, is_replay, key_table, keys, post, prepared, rows, sent
@@ -34,21 +35,9 @@ from models import Item
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
+service, any_service = keyed_service.service, keyed_service.any_service
+
 Registry = scoped_session[Session]
-
-
-@pytest.fixture
-def service(engine: Engine) -> Iterator[Service]:
-    """The service on SQLite."""
-    with key_table(engine):
-        yield Service(engine)
-
-
-@pytest.fixture
-def any_service(any_engine: Engine) -> Iterator[Service]:
-    """The same on each engine in turn."""
-    with key_table(any_engine):
-        yield Service(any_engine)
 
 
 def commit_early(session: Session) -> None:

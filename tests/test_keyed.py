@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import keyed_service
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from keyed_service import REPLAYED, Service, code, is_replay, key_table, post, rows, sent
+from keyed_service import REPLAYED, Service, code, is_replay, post, rows, sent
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
@@ -24,17 +25,7 @@ from models import Item
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
-
-@pytest.fixture
-def service(engine: Engine) -> Iterator[Service]:
-    with key_table(engine):
-        yield Service(engine)
-
-
-@pytest.fixture
-def any_service(any_engine: Engine) -> Iterator[Service]:
-    with key_table(any_engine):
-        yield Service(any_engine)
+service, any_service = keyed_service.service, keyed_service.any_service
 
 
 # The key.
