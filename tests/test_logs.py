@@ -45,6 +45,13 @@ def test_a_name_that_would_spoil_the_log_is_replaced(given: str, service: Servic
     assert given not in ids
 
 
+def test_the_lines_can_be_turned_off(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """Above INFO the log has no line for a request that went well."""
+    caplog.set_level(logging.WARNING, "items.access")
+    service.send("GET", "/")
+    assert caplog.messages == []
+
+
 def exchange(**more: Any) -> Exchange:
     return Exchange(environ(**more))
 

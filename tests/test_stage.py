@@ -424,6 +424,18 @@ def test_a_killed_greenlet_rolls_back(registry: Registry, engine: Engine, outsid
     assert names(outside) == []
 
 
+def test_a_layer_outside_of_every_scope_has_the_session(engine: Engine, outside: Engine) -> None:
+    """Where a registry's scopefunc fails, as Flask-SQLAlchemy's does, a request has its session."""
+
+    def fail() -> object:
+        raise LookupError("no scope here")
+
+    registry: Registry = scoped_session(sessionmaker(engine), scopefunc=fail)
+    app = SessionMiddleware(text(b"", before=lambda: registry.add(Item(name="kept"))), registry)
+    assert serve_once(app).status == "200 OK"
+    assert names(outside) == ["kept"]
+
+
 def test_a_scopefunc_that_fails_outside_of_the_app(engine: Engine, outside: Engine) -> None:
     """A registry whose scope exists inside the application only is as good as any."""
     scope: ContextVar[int] = ContextVar("scope")
