@@ -7,15 +7,18 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 import item_service
 import pytest
 from item_service import Service
 from processes import ROOT
-from support import Server, environ, serve_once
+from sessionscope import SessionMiddleware
+from sqlalchemy.orm import scoped_session, sessionmaker
+from support import Server, environ, serve_once, text
 
-from web.logs import AccessLog, Exchange, JSONFormatter, log_exchange
+from web.logs import AccessLog, Exchange, JSONFormatter, log_exchange, observe
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -49,6 +52,14 @@ def test_the_lines_can_be_turned_off(service: Service, caplog: pytest.LogCapture
     """Above INFO the log has no line for a request that went well."""
     caplog.set_level(logging.WARNING, "items.access")
     service.send("GET", "/")
+    assert caplog.messages == []
+
+
+def test_a_session_without_an_exchange_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
+    """The observer may be used where the access log is not."""
+    registry = scoped_session(sessionmaker())
+    app = SessionMiddleware(text(b"fine"), registry, observer=observe)
+    assert Context().run(serve_once, app).content == b"fine"
     assert caplog.messages == []
 
 

@@ -167,12 +167,17 @@ def test_a_refusal_in_autocommit_is_warned_of_once(
     auto.dispose()
 
 
-DDL = ["TRUNCATE TABLE items", "CREATE TABLE other (id INTEGER)", "LOCK TABLES items WRITE"]
+DDL = [
+    "TRUNCATE TABLE items",
+    "CREATE TABLE other (id INTEGER)",
+    "LOCK TABLES items WRITE",
+    "SET autocommit = 1",
+]
 
 
 @pytest.mark.parametrize("statement", DDL)
 def test_mariadb_commits_by_itself_at_ddl(statement: str, mariadb_url: str) -> None:
-    """TRUNCATE, DDL and LOCK TABLES commit on MariaDB, so such a request is not repeated."""
+    """TRUNCATE, DDL and the like commit on MariaDB, so such a request is not repeated."""
     engine = make_engine(mariadb_url)
     make_tables(engine)
 
