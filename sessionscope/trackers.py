@@ -105,14 +105,14 @@ class SessionTracker:
 
     def on_undone(self) -> None:
         """The database has rolled back."""
-        error = sys.exc_info()[1]
-        if isinstance(error, StaleDataError):
-            self.transaction.note_error(error)  # the ORM's own: no driver has raised it
         self.transaction.on_undone()
 
     def on_flush_ended(self) -> None:
         """A flush is over; if SQLAlchemy has rolled back in it, it failed."""
         self.transaction.handle(Event.FLUSH_FAILED)
+        error = sys.exc_info()[1]
+        if isinstance(error, StaleDataError) and self.transaction.state is State.FAILED:
+            self.transaction.note_error(error)  # the ORM's own: no driver has raised it
 
     def on_end(self) -> None:
         """The session's transaction is over: committed, rolled back or closed."""

@@ -351,6 +351,22 @@ def test_an_error_that_was_recovered_from_is_not_repeated(
     assert len(calls) == 1
 
 
+def test_an_error_that_is_handled_outside_is_none_of_the_request(registry: Registry) -> None:
+    """A request that is made while somebody handles a stale row, and fails on purpose: one call."""
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        add(registry)
+
+    app = SessionMiddleware(text(b"", status="502 No", before=work), registry, attempts=3)
+    try:
+        raise StaleDataError
+    except StaleDataError:
+        serve_once(app, environ("POST"))
+    assert len(calls) == 1
+
+
 def test_an_error_page_after_a_rollback_is_repeated(registry: Registry) -> None:
     """An error that the framework's page hides is one even after its teardown rolled back."""
     calls: list[int] = []
