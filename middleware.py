@@ -170,10 +170,11 @@ class SessionMiddleware:
         :param error: what the attempt raised; None if it made a response.
         """
         head, replay = attempt.head, attempt.replay
+        if replay is None or attempt.number == self.attempts:
+            return False
         if error is None and (head is None or str(head.status)[:1] != "5"):
             return False
-        sent = head is not None and head.sent
-        if sent or replay is None or attempt.number == self.attempts or not replay.is_possible():
+        if (head is not None and head.sent) or not replay.is_possible():
             return False
         reason = attempt.unit.transient_error(error)
         if reason is not None:

@@ -23,6 +23,12 @@ class Call:
     :param on_start: called when the application has called ``start_response``.
     """
 
+    head: Head | None = None
+    iterable: object = None
+    iterator: Iterator[Any] = iter(())
+    exhausted = False
+    """The application has ended."""
+
     def __init__(
         self,
         environ: WSGIEnvironment,
@@ -34,10 +40,6 @@ class Call:
         self.method = method
         self.server_start_response: Callable[..., Any] = start_response
         self.on_start = on_start
-        self.head: Head | None = None
-        self.iterable: object = None
-        self.iterator: Iterator[Any] = iter(())
-        self.exhausted = False
         self.written: list[Any] = []
         """What was given to ``write()``, to go in front of the body."""
         self.ahead: list[Any] = []
@@ -83,9 +85,7 @@ class Call:
         return chunk
 
     def put_written_before(self, chunk: Any) -> Any:
-        """Return the chunk that comes first, if ``write()`` was called before *chunk*."""
-        if not self.written:
-            return chunk
+        """Return the chunk that comes first, since ``write()`` was called before *chunk*."""
         first, *self.ahead = [*self._take_written(), chunk]
         return first
 

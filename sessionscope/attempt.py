@@ -14,8 +14,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sessionscope.application import Call
-from sessionscope.guests import aside
-from sessionscope.outcome import Outcome, RequestName, tell
+from sessionscope.guests import run_aside
+from sessionscope.outcome import RequestName, outcome_of, tell
 from sessionscope.response import END, SAFE_METHODS, Head, StreamedBody
 from sessionscope.stage import AppContext, Position, log
 from sessionscope.unit_of_work import UnitOfWork, failure_of
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 SESSION_KEY = "sessionscope.session"
 
+LONG_TRANSACTION = 60.0
+"""Seconds that a stream may keep its transaction open before the log says so."""
+
 LATE_WORK = "work done in close(), after the end of the response, is rolled back"
 
 
@@ -38,6 +41,14 @@ class Attempt:
     :param number: how many attempts this makes.
     :param began: when the first of them began, in seconds of a monotonic clock.
     """
+
+    error: BaseException | None = None
+    """What the log and the observer are to hear of."""
+    settled = False
+    """The session's work has been committed or rolled back."""
+    returned = False
+    """The server has the response, or its body."""
+    finished = reported = False
 
     def __init__(
         self,
@@ -64,8 +75,6 @@ class Attempt:
         )
         self.position = Position(self.unit)
         environ[SESSION_KEY] = self.unit.session
-        self.error: BaseException | None = None
-        self.settled = self.returned = self.finished = self.reported = False
 
     @property
     def head(self) -> Head | None:
@@ -119,24 +128,29 @@ class Attempt:
             return END
         try:
             with self.position:
-                try:
-                    try:
-                        chunk = call.next()
-                    finally:
-                        self.warn_if_long()
-                    if call.exhausted:
-                        self.settle()
-                except BaseException as error:
-                    self.roll_back(error)
-                    raise
+                chunk = self.advance()
         finally:
             if self.settled:
                 self.context.run(self.unit.detach_objects)
-            if self.returned and self.settled:
-                self.report()
+                if self.returned:
+                    self.report()
         if self.returned:
             call.send_head()  # if start_response was called late
-        return call.put_written_before(chunk)
+        return call.put_written_before(chunk) if call.written else chunk
+
+    def advance(self) -> Any:
+        """Run the application for its next chunk; settle when it has ended."""
+        try:
+            try:
+                chunk = self.call.next()
+            finally:
+                self.warn_if_long()
+            if chunk is END:
+                self.settle()
+        except BaseException as error:
+            self.roll_back(error)
+            raise
+        return chunk
 
     def settle(self) -> None:
         """End the transaction as the response wants it: COMMIT or ROLLBACK."""
@@ -144,7 +158,7 @@ class Attempt:
         try:
             commit_when = self.middleware.commit_when
             wanted = given is not None and commit_when(self.call.environ, *given)
-            if wanted and head is not None and head.may_be_refused:
+            if wanted and head is not None and head.may_be_refused():
                 self.call.send_head()
         except BaseException as error:
             self.roll_back(error)
@@ -209,8 +223,8 @@ class Attempt:
             self.context.drop()
 
     def warn_if_long(self) -> None:
-        if self.returned:
-            self.name.warn_if_long(self.unit.seconds_open())
+        if self.returned and self.unit.transaction.seconds_open() > LONG_TRANSACTION:
+            self.name.warn_of_long_transaction(LONG_TRANSACTION)
 
     def report(self) -> None:
         """Tell the log and the observer, once, what became of the request."""
@@ -218,16 +232,6 @@ class Attempt:
             return
         self.reported, observer = True, self.middleware.observer
         error, self.error = self.error, None  # whose traceback leads back to here
-        if observer is None and not log.isEnabledFor(logging.DEBUG):
-            return
-        outcome = Outcome(
-            method=self.name.method,
-            path=self.name.path(),
-            status=None if self.head is None else self.head.status,
-            action=self.unit.action(),
-            attempts=self.number,
-            seconds=monotonic() - self.began,
-            error=error,
-        )
-        with aside(self.unit.stage, self.middleware.registry.session_factory):
-            tell(outcome, observer)
+        if observer is not None or log.isEnabledFor(logging.DEBUG):
+            factory = self.middleware.registry.session_factory
+            run_aside(self.unit.stage, factory, tell, outcome_of(self, error), observer)

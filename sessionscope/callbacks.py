@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sessionscope.guests import aside
+from sessionscope.guests import run_aside
 from sessionscope.stage import StagedRegistry, entries, log, staged
 from sessionscope.trackers import SessionTracker, tracker_of
 from sqlalchemy import event
@@ -144,13 +144,16 @@ class Callbacks:
         self.waiting = [waiting for waiting in self.waiting if waiting not in due]
         self.running = True
         try:
-            with aside(stage, factory):
-                for waiting in due:
-                    waiting.release()
-                    if not waiting.dropped:
-                        _call(waiting.callback)
+            run_aside(stage, factory, _call_each, due)
         finally:
             self.running = False
+
+
+def _call_each(due: list[Waiting]) -> None:
+    for waiting in due:
+        waiting.release()
+        if not waiting.dropped:
+            _call(waiting.callback)
 
 
 def _call(callback: Callback) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sessionscope.confirm import Evidence
 from sessionscope.errors import CommitOutcomeUnknown, TransactionDoomed, swallowed
-from sessionscope.guests import aside
+from sessionscope.guests import run_aside
 from sessionscope.stage import log
 from sessionscope.staged_session import StagedSession
 from sessionscope.states import Action, State
@@ -31,6 +31,15 @@ class CommittingSession(StagedSession):
     The others are those of `StagedSession`.
     """
 
+    durable = False
+    """Something may be durable, so the request must not be repeated."""
+    counted: Transaction | None = None
+    """The one that was committed or rolled back because of the response."""
+    committed: Transaction | None = None
+    """The last that the application committed itself."""
+    doubt: Transaction | None = None
+    """An earlier one whose COMMIT nobody knows about."""
+
     def __init__(
         self,
         registry: Registry,
@@ -42,14 +51,6 @@ class CommittingSession(StagedSession):
     ) -> None:
         super().__init__(registry, reader, safe, watched, warned)
         self.confirm = confirm
-        self.durable = False
-        """Something may be durable, so the request must not be repeated."""
-        self.counted: Transaction | None = None
-        """The one that was committed or rolled back because of the response."""
-        self.committed: Transaction | None = None
-        """The last that the application committed itself."""
-        self.doubt: Transaction | None = None
-        """An earlier one whose COMMIT nobody knows about."""
 
     def commit_session(self) -> None:
         self.ending = True
@@ -86,10 +87,9 @@ class CommittingSession(StagedSession):
 
     def in_doubt(self) -> Transaction | None:
         """Return the transaction of which nobody knows yet what became of its COMMIT."""
-        for transaction in (self.doubt, self.transaction):
-            if transaction is not None and transaction.state is State.IN_DOUBT:
-                return transaction
-        return None
+        if self.doubt is not None and self.doubt.state is State.IN_DOUBT:
+            return self.doubt
+        return self.transaction if self.transaction.state is State.IN_DOUBT else None
 
     def settle_doubt(self, error: BaseException | None = None) -> None:
         """Find out what became of a COMMIT whose answer was lost, the application's own, too.
@@ -113,8 +113,8 @@ class CommittingSession(StagedSession):
         if ask and transaction.evidence is not None:
             for participant in transaction.participants:
                 participant.connection.invalidate()  # which leaves room in the pool to ask
-            with aside(self.stage, self.registry.session_factory):
-                verdict = transaction.evidence.verdict()
+            factory = self.registry.session_factory
+            verdict = run_aside(self.stage, factory, transaction.evidence.verdict)
             log.warning("the answer to COMMIT was lost; PostgreSQL says: %s", verdict)
             if verdict != "unknown":
                 transaction.resolve_doubt(verdict == "committed")

@@ -8,12 +8,13 @@ closed, and never committed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from sessionscope.stage import StagedRegistry, log, on_stage
+from sessionscope.stage import Position, StagedRegistry, log
 from sessionscope.trackers import SessionTracker, close_quietly, has_changes, tracker_of
 from sqlalchemy.orm import Session
+
+T = TypeVar("T")
 
 
 class Guest(SessionTracker):
@@ -39,15 +40,14 @@ class Guest(SessionTracker):
 class Seat:
     """The place in the registry where guests may be, one after the other."""
 
-    def __init__(self) -> None:
-        self.session: Session | None = None
-        self.guests: list[Guest] = []
+    session: Session | None = None
+    guests: tuple[Guest, ...] = ()
 
     def take(self, session: Session) -> None:
         """Show *session*; one that is followed already, by a session_scope, is no guest."""
         self.session = session
         if tracker_of(session) is None:
-            self.guests.append(Guest(session))
+            self.guests += (Guest(session),)
 
     def leave(self) -> None:
         """Show it no more, because somebody has closed it or goes on using it elsewhere."""
@@ -60,7 +60,8 @@ class Seat:
     def close(self) -> None:
         """Close what is left."""
         while self.guests:
-            self.guests.pop().close()
+            guest, self.guests = self.guests[-1], self.guests[:-1]
+            guest.close()
         self.session = None
 
 
@@ -101,15 +102,16 @@ class Aside:
         self.closed = True
 
 
-@contextmanager
-def aside(stage: StagedRegistry, factory: Callable[[], Any]) -> Iterator[None]:
-    """Run the block without the session that is on stage.
+def run_aside(
+    stage: StagedRegistry, factory: Callable[[], Any], function: Callable[..., T], *args: Any
+) -> T:
+    """Call *function* without the session that is on stage.
 
-    What the block opens through the registry is its own, and is closed after it.
+    What it opens through the registry is its own, and is closed after it.
     """
     entry = Aside(stage, factory)
     try:
-        with on_stage(entry):
-            yield
+        with Position(entry):
+            return function(*args)
     finally:
         entry.close()

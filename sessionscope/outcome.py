@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -13,12 +14,13 @@ from sessionscope.states import Action
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
 
-LONG_TRANSACTION = 60.0
-"""Seconds that a stream may keep a transaction open before the log says so."""
+    from sessionscope.attempt import Attempt
 
 
 class RequestName:
     """What a request is called, whatever the application makes of its environ."""
+
+    warned = False
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.method: str = environ.get("REQUEST_METHOD", "")
@@ -26,7 +28,6 @@ class RequestName:
             environ.get("SCRIPT_NAME"),
             environ.get("PATH_INFO"),
         )
-        self.warned = False
 
     def __str__(self) -> str:
         return f"{self.method} {self.path()}"
@@ -35,15 +36,15 @@ class RequestName:
         path = f"{self.script_name or ''}{self.path_info or ''}"
         return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
 
-    def warn_if_long(self, seconds: float) -> None:
-        """Say once that a stream has kept its transaction open for *seconds*."""
-        if not self.warned and seconds > LONG_TRANSACTION:
+    def warn_of_long_transaction(self, seconds: float) -> None:
+        """Say once that a stream has kept its transaction open for more than *seconds*."""
+        if not self.warned:
             self.warned = True
             log.warning(
                 "%s: a stream has kept its transaction open for more than %g s; a handler with "
                 "a long stream should commit before its first yield",
                 str(self),
-                LONG_TRANSACTION,
+                seconds,
             )
 
 
@@ -65,6 +66,19 @@ class Outcome:
     """From the call of the middleware until now, when the transaction is over."""
     error: BaseException | None
     """What the application or the COMMIT raised."""
+
+
+def outcome_of(attempt: Attempt, error: BaseException | None) -> Outcome:
+    """Return the outcome of *attempt*, which is the request's last and raised *error*."""
+    return Outcome(
+        method=attempt.name.method,
+        path=attempt.name.path(),
+        status=None if attempt.head is None else attempt.head.status,
+        action=attempt.unit.action(),
+        attempts=attempt.number,
+        seconds=monotonic() - attempt.began,
+        error=error,
+    )
 
 
 def tell(outcome: Outcome, observer: Callable[[Outcome], object] | None) -> None:

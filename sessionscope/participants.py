@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import ref
 
 from sessionscope import databases
 from sessionscope.forks import refusal
@@ -24,7 +24,7 @@ _MARK = "sessionscope"
 
 def participants_of(info: dict[Any, Any]) -> list[Participant]:
     """Return the participants of the transactions that a connection is in."""
-    return list(info.get(_MARK, ()))
+    return [one for reference in info.get(_MARK, ()) if (one := reference()) is not None]
 
 
 def _after_cursor_execute(
@@ -42,16 +42,16 @@ def _commit(connection: Connection, *_xid: object) -> None:
 
 
 _WATCHERS: dict[str, Callable[..., None]] = {
-    "after_cursor_execute": _after_cursor_execute,
     "commit": _commit,
     "commit_twophase": _commit,
+    "after_cursor_execute": _after_cursor_execute,
 }
 
 
 def watch(engine: Engine) -> None:
     """Have *engine* tell of its statements and COMMITs, from now on."""
-    for name, listener in _WATCHERS.items():
-        if listener not in getattr(engine.dispatch, name):
+    if _after_cursor_execute not in engine.dispatch.after_cursor_execute:  # the last of them
+        for name, listener in _WATCHERS.items():
             event.listen(engine, name, listener)
 
 
@@ -69,39 +69,41 @@ def watch_binds(registry: Registry) -> None:
 class Participant:
     """One connection of a transaction, and what its driver has said."""
 
+    watched = False
+    error: BaseException | None = None
+    """What failed first here."""
+    aborted = False
+    """An error made the database undo everything."""
+    commit_sent = False
+    """Only known of a transaction of several connections, or of one that is watched."""
+    wrote = False
+    """SQLite's driver had changed rows when the connection was returned."""
+    sqlite: Any = None
+    """SQLite's driver's connection."""
+    begun = False
+    """SQLite's driver has been seen in a transaction."""
+    changes = 0
+    """Rows that SQLite's driver had changed when the transaction began."""
+    in_autocommit: bool | None = None
+    listeners: tuple[tuple[str, Callable[..., None]], ...] = ()
+
     def __init__(self, owner: Transaction, connection: Connection) -> None:
         self.owner = owner
         self.connection = connection
         self.transaction = connection.get_nested_transaction() or connection.get_transaction()
-        self.watched = False
-        self.listeners: list[tuple[str, Callable[..., None]]] = []
-        self.error: BaseException | None = None
-        """What failed first here."""
-        self.aborted = False
-        """An error made the database undo everything."""
-        self.commit_sent = False
-        """Only known of a transaction of several connections, or of one that is watched."""
-        self.wrote = False
-        """SQLite's driver had changed rows when the connection was returned."""
-        self.begun = False
-        """SQLite's driver has been seen in a transaction."""
-        self.changes: int | None = None
-        """Rows that SQLite's driver had changed when the transaction began."""
-        self.in_autocommit: bool | None = None
         if connection.dialect.name == "sqlite":
-            driver = databases.driver_connection(connection)
+            self.sqlite = driver = databases.driver_connection(connection)
             self.begun, self.changes = driver.in_transaction, driver.total_changes
             self.in_autocommit = not self.begun and driver.isolation_level is None
         # Weak, since the pool keeps it: a stream that is dropped without close() must be freed.
-        if _MARK not in connection.info:
-            connection.info[_MARK] = WeakSet()
-        self.others: WeakSet[Participant] = connection.info[_MARK]
-        self.others.add(self)
+        self.info = connection.info
+        self.info[_MARK] = [*map(ref, participants_of(self.info)), ref(self)]
 
     def leave(self) -> None:
-        self.others.discard(self)
-        while self.listeners:
-            event.remove(self.connection, *self.listeners.pop())
+        self.info[_MARK] = [ref(one) for one in participants_of(self.info) if one is not self]
+        for name, listener in self.listeners:
+            event.remove(self.connection, name, listener)
+        self.listeners = ()
 
     def refuse_if_inherited(self) -> None:
         """Refuse to work on a connection that another process opened."""
@@ -123,17 +125,17 @@ class Participant:
         """Hear of COMMIT before any hook of the engine does, which may refuse it."""
         for name in ("commit", "commit_twophase"):
             event.listen(self.connection, name, self.on_commit)
-            self.listeners.append((name, self.on_commit))
+            self.listeners += ((name, self.on_commit),)
 
     def on_flush(self) -> None:
-        if self.changes is None or self.begun or self.connection.invalidated:
+        if self.sqlite is None or self.begun or self.connection.invalidated:
             return
         if not self.connection.in_nested_transaction():  # RELEASE of its own savepoint may COMMIT
-            self.begun = databases.driver_connection(self.connection).in_transaction
+            self.begun = self.sqlite.in_transaction
 
     def begin_sqlite(self) -> None:
         """Send the BEGIN that SQLite's driver has left out so far."""
-        if self.changes is not None and not self.begun:
+        if self.sqlite is not None and not self.begun:
             databases.begin_sqlite(self.connection)
             self.on_flush()
 
@@ -145,18 +147,17 @@ class Participant:
 
     def has_written(self) -> bool:
         """Tell whether SQLite's driver has changed rows; False where nobody knows."""
-        if self.changes is None or self.connection.closed or self.connection.invalidated:
+        if self.sqlite is None or self.connection.closed or self.connection.invalidated:
             return self.wrote
-        driver = databases.driver_connection(self.connection)
-        return bool(driver.total_changes != self.changes)
+        return bool(self.sqlite.total_changes != self.changes)
 
     def is_lost(self) -> bool:
         """Tell whether COMMIT would keep nothing, or only a part."""
         connection = self.connection
         if self.aborted or connection.invalidated:
             return True
-        if self.begun and not databases.driver_connection(connection).in_transaction:
-            return True
+        if self.sqlite is not None:
+            return self.begun and not self.sqlite.in_transaction
         return databases.is_aborted(connection, self.error)
 
     def is_touched(self) -> bool:
@@ -181,7 +182,7 @@ class Participant:
         :param claimed: SQLAlchemy holds that its transaction is over.  It is not if COMMIT
             failed and the session was closed: the next user would commit this work.
         """
-        if self.changes is not None:
+        if self.sqlite is not None:
             self.wrote = driver.total_changes != self.changes
         if claimed and databases.is_in_transaction(driver, self.owner.is_commit_refused()):
             driver.rollback()

@@ -61,7 +61,8 @@ class Recorder:
         self.source = source
         self.record = SpooledTemporaryFile(max_size=RECORD_IN_MEMORY)  # noqa: SIM115
         self.recorded = 0
-        self.replayed = 0
+        self.left = 0
+        """Recorded bytes that this attempt has not read yet."""
         self.finalizer = weakref.finalize(self, self.record.close)
 
     def __getattr__(self, name: str) -> Any:
@@ -69,7 +70,7 @@ class Recorder:
 
     def seek(self, position: int) -> None:
         self.record.seek(position)
-        self.replayed = position
+        self.left = self.recorded - position
 
     def read(self, size: int | None = -1) -> bytes:
         return self._take(self.record.read, self.source.read, size)
@@ -98,19 +99,18 @@ class Recorder:
     ) -> bytes:
         """Return what is recorded, and then what the server has not given yet."""
         size = -1 if size is None else size
-        if self.replayed == self.recorded:
+        if not self.left:
             return self._keep(receive(size) if size >= 0 else receive())
         known = replay(size)
-        self.replayed += len(known)
-        left = size - len(known)
-        if self.replayed < self.recorded or left == 0 or (until and known.endswith(until)):
+        self.left -= len(known)
+        missing = size - len(known)
+        if self.left or missing == 0 or (until and known.endswith(until)):
             return known
-        return known + self._keep(receive(left) if size >= 0 else receive())
+        return known + self._keep(receive(missing) if size >= 0 else receive())
 
     def _keep(self, data: bytes) -> bytes:
         if len(data) > RECORD_IN_MEMORY:
             self.record.rollover()  # a large piece goes to disk without a copy in memory
         self.record.write(data)
         self.recorded += len(data)
-        self.replayed = self.recorded
         return data

@@ -30,10 +30,10 @@ _NOTHING: Any = object()
 
 _SUCCESS = frozenset(f"{code}{end}" for code in range(200, 400) for end in ("", " "))
 _LENGTH = re.compile(r"[ \t]*([0-9]+)[ \t]*")  # RFC 9110, 5.5: space around is no part of it
+_TEXT = r"[\t\x20-\x7e\x80-\xff]*"  # latin-1 (PEP 3333, "Unicode Issues") without controls
+_STATUS = re.compile(rf"[0-9]{{3}} (?=[^ ]){_TEXT}")
+_FIELD = re.compile(rf"[!#$%&'*+.^_`|~0-9A-Za-z-]+\n{_TEXT}")  # RFC 9110, 5.1 and 5.5
 _DIGITS = re.compile(r"[0-9]+")
-_STATUS = re.compile(r"[0-9]{3} [^ ].*")
-_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2, "token"
-_CONTROL = bytes(byte == 127 or (byte < 32 and byte != 9) for byte in range(256))
 
 
 def is_success(status: object) -> bool:
@@ -54,12 +54,8 @@ class Head:
         self.exc_info = exc_info
         self.sent = False
 
-    @cached_property
     def may_be_refused(self) -> bool:
-        """Whether a server may refuse the head when it gets it.
-
-        PEP 3333, "Unicode Issues" and "Other HTTP Features"; RFC 9110, 5.1 and 5.5.
-        """
+        """Return whether a server may refuse the head when it gets it."""
         if self.odd or type(self.status) is not str or not _STATUS.fullmatch(self.status):
             return True
         try:
@@ -67,14 +63,13 @@ class Head:
                 name, value = header
                 if type(header) is not tuple or type(name) is not str or type(value) is not str:
                     return True
-                if is_hop_by_hop(name) or not _NAME.fullmatch(name):
+                if is_hop_by_hop(name) or not _FIELD.fullmatch(f"{name}\n{value}"):
                     return True
                 if name.lower() == "content-length" and not _DIGITS.fullmatch(value):
                     return True
-            text = self.status + "".join(value for _, value in self.headers)
-            return 1 in text.encode("latin-1").translate(_CONTROL)
         except (TypeError, ValueError):
             return True
+        return False
 
     @cached_property
     def length(self) -> int | None:
@@ -196,9 +191,10 @@ class StreamedBody:
         return self
 
     def __next__(self) -> bytes:
-        chunk, self.first = self.first, _NOTHING
-        if chunk is _NOTHING:
+        if self.first is _NOTHING:
             chunk = self._advance()
+        else:
+            chunk, self.first = self.first, _NOTHING
         if chunk is END:
             self.first = END
             raise StopIteration
@@ -208,12 +204,13 @@ class StreamedBody:
         """Return the next chunk that may leave; `END` after the last."""
         withheld = END
         while (chunk := self.source.pull()) is not END:
-            if self.source.head is not self.head:  # the new head takes back the old one's body
-                self.head, withheld, self.received = self.source.head, END, 0
-            length = None if self.head is None else self.head.length
-            size = size_of(chunk)
+            head = self.source.head
+            if head is not self.head:  # the new head takes back the old one's body
+                self.head, withheld, self.received = head, END, 0
+            length = None if head is None else head.length
+            size = len(chunk) if type(chunk) is bytes else size_of(chunk)
             if size == 0:
-                if self.head is not None and self.head.sent and withheld is END:
+                if head is not None and head.sent and withheld is END:
                     return chunk
             elif length is None or self.received + size < length:
                 self.received += size

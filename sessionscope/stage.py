@@ -71,13 +71,14 @@ class Node:
 _active: ContextVar[Node | None] = ContextVar("sessionscope", default=None)
 
 
-def entries() -> Iterator[Entry]:
-    """Iterate over what is on stage for the running code, the innermost first."""
-    node = _active.get()
+def entries() -> list[Entry]:
+    """Return what is on stage for the running code, the innermost first."""
+    found, node = [], _active.get()
     while node is not None:
         if not node.entry.closed:
-            yield node.entry
+            found.append(node.entry)
         node = node.parent
+    return found
 
 
 def _open_node(entry: Entry) -> Node:
@@ -200,30 +201,37 @@ class AppContext:
     """The context variables (PEP 567) that the application's code sees.
 
     COMMIT, ROLLBACK and callbacks run when a framework has already taken back what it had
-    set for the request.  They run in a copy of the current context, in which each variable
-    that has returned to its value before the call has the value that it had when the
-    application called ``start_response``.
+    set for the request.  They run in copies of the context in which the first of them was
+    due, where each variable that has returned to its value before the call has the value that
+    it had when the application called ``start_response``.
     """
 
     def __init__(self) -> None:
         self.before = copy_context()
         self.at_start_response: Context | None = None
+        self.at_end: Context | None = None
 
     def note_start_response(self) -> None:
         self.at_start_response = copy_context()
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call *function* in the application's context."""
+        if self.at_end is None:
+            self.at_end = self.restored()
+        return self.at_end.copy().run(function, *args)
+
+    def restored(self) -> Context:
+        """Return the current context, with what the framework has taken back."""
         context = copy_context()
         for variable, value in (self.at_start_response or {}).items():
             now = context.get(variable, _MISSING)
             if now is not value and now is self.before.get(variable, _MISSING):
                 context.run(variable.set, value)
-        return context.run(function, *args)
+        return context
 
     def drop(self) -> None:
         """Let go of the values."""
-        self.before, self.at_start_response = Context(), None
+        self.before, self.at_start_response, self.at_end = Context(), None, None
 
 
 def caller() -> str:

@@ -30,6 +30,16 @@ class StagedSession(SessionTracker):
     :param warned: places in the application that the log has warned of.
     """
 
+    closed = False
+    scope: object = None
+    """Where the session was first used for its transaction.
+
+    A ``remove()`` of another scope is not about it: Flask-SQLAlchemy calls one at the end of
+    each nested application context.
+    """
+    removed_at: str | None = None
+    """Where ``remove()`` was called while the session held work."""
+
     def __init__(
         self,
         registry: Registry,
@@ -41,21 +51,13 @@ class StagedSession(SessionTracker):
         session = registry.session_factory()
         if reader is not None and not isinstance(session.bind, Connection):
             session.bind = reader
-        outer = any(getattr(entry, "watched", False) for entry in entries())
-        super().__init__(session, safe, watched or outer)
+        for entry in entries():  # which may be repeated, with this one in it
+            watched |= getattr(entry, "watched", False)
+        super().__init__(session, safe, watched)
         self.registry = registry
         self.stage = staged(registry)
         self.warned = warned
         self.seat = Seat()
-        self.closed = False
-        self.scope: object = None
-        """Where the session was first used for its transaction.
-
-        A ``remove()`` of another scope is not about it: Flask-SQLAlchemy calls one at the end
-        of each nested application context.
-        """
-        self.removed_at: str | None = None
-        """Where ``remove()`` was called while the session held work."""
 
     def show(self) -> Session:
         if self.scope is None or not self.session.in_transaction():

@@ -28,16 +28,17 @@ class SessionTracker:
     :param watched: look at each statement, too.
     """
 
+    previous: Transaction | None = None
+    """The last one before `transaction` that had a connection."""
+    ending = False
+    """Its end has begun, and what happens to the session now is our doing."""
+
     def __init__(self, session: Session, safe: bool = False, watched: bool = True) -> None:
         self.session = session
         self.safe = safe
         self.watched = watched
-        self.previous: Transaction | None = None
-        """The last one before `transaction` that had a connection."""
         self.losses: dict[str, Transaction] = {}
         """Transactions that somebody else than us closed with work in them, by a sentence."""
-        self.ending = False
-        """Its end has begun, and what happens to the session now is our doing."""
         self.transaction = self.new_transaction()
         """The one that began last, also when it is over; an idle one before the first."""
         setattr(session, _MARK, self)

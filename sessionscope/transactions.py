@@ -35,17 +35,18 @@ class Transaction:
         needs to know, because it takes a listener on each statement.
     """
 
+    state = State.IDLE
+    error: BaseException | None = None
+    """What failed first."""
+    wrote = False
+    since: float | None = None
+    """When it began on a connection, in seconds of a monotonic clock."""
+    commit_returned = False
+    """SQLAlchemy says so; what it is worth is another matter."""
+    evidence: Evidence | None = None
+
     def __init__(self, safe: bool, on_durable: Callable[[], None] | None) -> None:
-        self.state = State.IDLE
         self.participants: list[Participant] = []
-        self.error: BaseException | None = None
-        """What failed first."""
-        self.wrote = False
-        self.since: float | None = None
-        """When it began on a connection, in seconds of a monotonic clock."""
-        self.commit_returned = False
-        """SQLAlchemy says so; what it is worth is another matter."""
-        self.evidence: Evidence | None = None
         self.safe = safe
         self.watched = on_durable is not None
         self.on_durable = on_durable or _nobody_asks

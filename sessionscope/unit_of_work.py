@@ -34,6 +34,8 @@ class UnitOfWork(CommittingSession):
     The others are those of `StagedSession` and `CommittingSession`.
     """
 
+    callbacks: Callbacks | None = None
+
     def __init__(
         self,
         registry: Registry,
@@ -48,7 +50,6 @@ class UnitOfWork(CommittingSession):
         places = set() if warned is None else warned
         super().__init__(registry, reader, safe, watched, places, confirm)
         self.joinable = joinable
-        self.callbacks: Callbacks | None = None
 
     def commit(self) -> None:
         """Make the work durable, or raise.
@@ -157,8 +158,10 @@ class UnitOfWork(CommittingSession):
 
     def run_callbacks(self, committed: bool) -> None:
         """Run what waits for the COMMIT that is done, or was not needed."""
-        due = [] if self.callbacks is None else self.callbacks.due(committed)
-        if self.callbacks is None or not due:
+        if self.callbacks is None:
+            return
+        due = self.callbacks.due(committed)
+        if not due:
             return
         self.durable = True  # what callbacks do must not be done twice
         with self.extra_work(
@@ -185,10 +188,6 @@ class UnitOfWork(CommittingSession):
         if is_transient(error):
             return error
         return self.transaction.transient_error(error)
-
-    def seconds_open(self) -> float:
-        """Return how long the session has kept its transaction open."""
-        return self.transaction.seconds_open()
 
 
 @contextmanager

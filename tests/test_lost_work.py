@@ -17,8 +17,8 @@ from sessionscope import (
     Outcome,
     SessionMiddleware,
     TransactionDoomed,
+    attempt,
     on_commit,
-    outcome,
     session_scope,
 )
 from sqlalchemy import Engine, create_engine, event, insert, select
@@ -740,7 +740,7 @@ def test_a_long_stream_that_breaks_off_is_warned_of(
     server = Server(SessionMiddleware(app, registry))
     body = server.begin()
     next(body)
-    monkeypatch.setattr(outcome, "LONG_TRANSACTION", 0.0)
+    monkeypatch.setattr(attempt, "LONG_TRANSACTION", 0.0)
     with suppress(LookupError):
         if end == "raise":
             next(body)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sessionscope import SessionMiddleware, outcome
+from sessionscope import SessionMiddleware, attempt
 from sqlalchemy import Engine, create_engine, event, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -477,7 +477,7 @@ def test_a_stream_that_keeps_a_transaction_open_says_so_once(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A transaction open for longer than a stream should is warned of, once."""
-    monkeypatch.setattr(outcome, "LONG_TRANSACTION", 0.0)
+    monkeypatch.setattr(attempt, "LONG_TRANSACTION", 0.0)
     caplog.set_level(logging.WARNING, "sessionscope")
     serve_once(SessionMiddleware(stream(registry, 5), registry), environ(path="/events"))
     [record] = caplog.records
