@@ -44,6 +44,24 @@ def test_the_registry_is_empty_outside_the_apps_code(registry: Registry) -> None
     server.finish()
 
 
+@pytest.mark.parametrize("status", ["200 OK", "404 No"])
+def test_an_override_of_close_that_uses_the_registry_leaves_nothing_in_it(
+    status: str, engine: Engine
+) -> None:
+    """A close() of the user's own finds the request's session there, and starts no other one."""
+    seen: list[bool] = []
+
+    class Curious(Session):
+        def close(self) -> None:
+            seen.append(registry() is self)
+            super().close()
+
+    registry: Registry = scoped_session(sessionmaker(engine, class_=Curious))
+    app = text(b"", status=status, before=lambda: write(registry))
+    serve_once(SessionMiddleware(app, registry))
+    assert (seen, registry.registry.has()) == ([True], False)
+
+
 def test_a_wrap_inside_a_wrap_joins(registry: Registry, outside: Engine) -> None:
     """The outermost middleware owns the session; the one within it does nothing."""
     seen = []
