@@ -185,6 +185,18 @@ def registry_for(engine: Engine) -> Iterator[scoped_session[Session]]:
 
 
 @pytest.fixture
+def postgresql(postgresql_url: str) -> Iterator[Engine]:
+    """The same on PostgreSQL."""
+    yield from engine_at(postgresql_url)
+
+
+@pytest.fixture
+def mariadb(mariadb_url: str) -> Iterator[Engine]:
+    """The same on MariaDB."""
+    yield from engine_at(mariadb_url)
+
+
+@pytest.fixture
 def registry(engine: Engine) -> Iterator[scoped_session[Session]]:
     """A registry on the SQLite file; at the end it must be empty."""
     yield from registry_for(engine)

@@ -30,10 +30,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 from support import (
     PATIENCE,
-    drop_tables,
     environ,
     fetch,
-    make_tables,
     names,
     serve_once,
     serving,
@@ -201,17 +199,14 @@ def test_the_pause_is_random_and_bounded(
 
 
 @pytest.fixture
-def postgresql(postgresql_url: str) -> Iterator[Engine]:
-    engine = make_engine(postgresql_url)
-    make_tables(engine)
-    with engine.begin() as connection:
+def postgresql(postgresql: Engine) -> Iterator[Engine]:
+    """PostgreSQL with the tables, and a sequence that counts tries."""
+    with postgresql.begin() as connection:
         connection.execute(sql("CREATE SEQUENCE tries"))
-    yield engine
-    drop_tables(engine)
-    with engine.begin() as connection:
+    yield postgresql
+    with postgresql.begin() as connection:
         connection.execute(sql("DROP SEQUENCE tries"))
-        connection.execute(sql("DROP FUNCTION IF EXISTS fail()"))
-    engine.dispose()
+        connection.execute(sql("DROP FUNCTION IF EXISTS fail() CASCADE"))
 
 
 def fail_first(engine: Engine, code: str, when: str) -> None:
@@ -319,14 +314,11 @@ def test_postgresql_write_skew_is_resolved(postgresql: Engine) -> None:
 
 
 @pytest.fixture
-def mariadb(mariadb_url: str) -> Iterator[Engine]:
-    engine = make_engine(mariadb_url)
-    make_tables(engine)
-    with engine.begin() as connection:
+def mariadb(mariadb: Engine) -> Engine:
+    """MariaDB with the tables, and one item."""
+    with mariadb.begin() as connection:
         connection.execute(insert(Item).values(id=1, name="one"))
-    yield engine
-    drop_tables(engine)
-    engine.dispose()
+    return mariadb
 
 
 def test_mariadb_a_lost_update_is_repeated(mariadb: Engine) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from support import drop_tables, environ, make_tables, names, serve_once, text
+from support import environ, make_tables, names, serve_once, text
 
 from models import Item
 
@@ -28,13 +28,9 @@ Registry = scoped_session[Session]
 
 
 @pytest.fixture
-def outside(postgresql_url: str) -> Iterator[Engine]:
+def outside(postgresql: Engine) -> Engine:
     """A connection of its own to the server, with the tables."""
-    engine = make_engine(postgresql_url)
-    make_tables(engine)
-    yield engine
-    drop_tables(engine)
-    engine.dispose()
+    return postgresql
 
 
 @pytest.fixture

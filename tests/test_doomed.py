@@ -29,7 +29,6 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import (
     PATIENCE,
     debts,
-    drop_tables,
     environ,
     make_tables,
     names,
@@ -62,15 +61,6 @@ def fail(registry: Registry) -> None:
 
 
 # PostgreSQL: any error aborts the transaction, and COMMIT is answered with a ROLLBACK.
-
-
-@pytest.fixture
-def postgresql(postgresql_url: str) -> Iterator[Engine]:
-    engine = make_engine(postgresql_url)
-    make_tables(engine)
-    yield engine
-    drop_tables(engine)
-    engine.dispose()
 
 
 @pytest.fixture
@@ -314,14 +304,11 @@ def test_postgresql_one_connection_in_two_phases_is_prepared_too(postgresql: Eng
 
 
 @pytest.fixture
-def mariadb(mariadb_url: str) -> Iterator[Engine]:
-    engine = make_engine(mariadb_url)
-    make_tables(engine)
-    with engine.begin() as connection:
+def mariadb(mariadb: Engine) -> Engine:
+    """MariaDB with the tables, and two items."""
+    with mariadb.begin() as connection:
         connection.execute(insert(Item), [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}])
-    yield engine
-    drop_tables(engine)
-    engine.dispose()
+    return mariadb
 
 
 @pytest.fixture

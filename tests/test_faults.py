@@ -15,7 +15,7 @@ from shapes import CONTENTS, SHAPES
 from sqlalchemy import Engine, insert, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from support import Server, drop_tables, environ, make_tables, names
+from support import Server, environ, make_tables, names
 
 from models import Item
 
@@ -31,14 +31,10 @@ NONE_LEFT = 200
 
 
 @pytest.fixture
-def broken_engine(any_url: str) -> Iterator[Engine]:
+def broken_engine(any_engine: Engine) -> Engine:
     """An engine of each kind, whose driver is about to fail."""
-    engine = make_engine(any_url)
-    make_tables(engine)
-    engine.dispose()  # so that SQLite connects anew, to the driver that fails
-    yield engine
-    drop_tables(engine)
-    engine.dispose()
+    any_engine.dispose()  # so that SQLite connects anew, to the driver that fails
+    return any_engine
 
 
 def work(registry: Registry) -> None:

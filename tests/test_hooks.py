@@ -17,7 +17,6 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import FlushError
 from support import (
-    drop_tables,
     environ,
     make_tables,
     names,
@@ -240,13 +239,8 @@ def test_a_late_hook_that_swallows_before_an_own_commit(
 
 
 @pytest.fixture
-def postgresql_registry(postgresql_url: str) -> Any:
-
-    engine = make_engine(postgresql_url)
-    make_tables(engine)
-    yield scoped_session(sessionmaker(engine))
-    drop_tables(engine)
-    engine.dispose()
+def postgresql_registry(postgresql: Engine) -> Registry:
+    return scoped_session(sessionmaker(postgresql))
 
 
 class Translated(Exception):
@@ -556,13 +550,11 @@ def test_a_refused_commit_on_postgresql_leaves_a_sound_connection(
     engine.dispose()
 
 
-def test_a_refused_commit_on_mariadb_leaves_a_sound_connection(mariadb_url: str) -> None:
+def test_a_refused_commit_on_mariadb_leaves_a_sound_connection(mariadb: Engine) -> None:
     """So it is on MariaDB."""
-    engine = make_engine(mariadb_url, pool_size=1)
-    make_tables(engine)
+    engine = make_engine(mariadb.url, pool_size=1)
     refuse_then_go_on(engine)
     assert names(engine) == ["next"]
-    drop_tables(engine)
     engine.dispose()
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import text as sql
 from sqlalchemy.exc import IntegrityError, InternalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, Pool, QueuePool
-from support import drop_tables, make_tables, names
+from support import names
 
 import middleware
 from models import Item
@@ -55,13 +55,9 @@ def links(before: Link, behind: Link) -> Iterator[dict[str, Link]]:
 
 
 @pytest.fixture
-def outside(postgresql_url: str) -> Iterator[Engine]:
+def outside(postgresql: Engine) -> Engine:
     """The tables, and an engine that goes past PgBouncer to see what is durable."""
-    engine = create_engine(postgresql_url)
-    make_tables(engine)
-    yield engine
-    drop_tables(engine)
-    engine.dispose()
+    return postgresql
 
 
 @pytest.fixture(params=[NullPool, QueuePool], ids=["no-pool", "pool"])

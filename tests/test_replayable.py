@@ -14,7 +14,7 @@ from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
-from support import drop_tables, environ, make_tables, names, serve_once, text
+from support import environ, names, serve_once, text
 
 import middleware
 from models import Item
@@ -26,16 +26,6 @@ Work = Callable[[Registry], object]
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "RETRY_PAUSE", 0.0)
-
-
-@pytest.fixture
-def servers(any_url: str) -> Iterator[Engine]:
-    """An engine on each database in turn, which can make more than one connection."""
-    engine = make_engine(any_url)
-    make_tables(engine)
-    yield engine
-    drop_tables(engine)
-    engine.dispose()
 
 
 @contextmanager
@@ -120,36 +110,36 @@ COMMITS = {
 
 @pytest.mark.parametrize("work", COMMITS.values(), ids=COMMITS)
 @pytest.mark.parametrize("mode", ["ours", "plain"])
-def test_what_was_committed_is_not_done_again(mode: str, work: Work, servers: Engine) -> None:
+def test_what_was_committed_is_not_done_again(mode: str, work: Work, any_engine: Engine) -> None:
     """After a COMMIT of any kind a transient error is the server's."""
-    with plain_engine(servers) if mode == "plain" else nullcontext(servers) as engine:
+    with plain_engine(any_engine) if mode == "plain" else nullcontext(any_engine) as engine:
         assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 1
 
 
 @pytest.mark.parametrize("work", [add, lambda registry: registry.execute(sql("SELECT 1"))])
 @pytest.mark.parametrize("mode", ["ours", "plain"])
-def test_what_was_not_committed_is_done_again(mode: str, work: Work, servers: Engine) -> None:
+def test_what_was_not_committed_is_done_again(mode: str, work: Work, any_engine: Engine) -> None:
     """A read or a write alone doesn't keep a request from being repeated."""
-    with plain_engine(servers) if mode == "plain" else nullcontext(servers) as engine:
+    with plain_engine(any_engine) if mode == "plain" else nullcontext(any_engine) as engine:
         assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 3
 
 
 @pytest.mark.parametrize(("method", "calls"), [("POST", 1), ("GET", 3)])
-def test_a_statement_in_autocommit_is_durable(method: str, calls: int, servers: Engine) -> None:
+def test_a_statement_in_autocommit_is_durable(method: str, calls: int, any_engine: Engine) -> None:
     """What ran in AUTOCOMMIT is not done again, unless the method is safe."""
-    with plain_engine(servers) as plain:
+    with plain_engine(any_engine) as plain:
         engine = plain.execution_options(isolation_level="AUTOCOMMIT")
         assert calls_until_stale(scoped_session(sessionmaker(engine)), add, method) == calls
 
 
-def test_autocommit_by_execution_option(servers: Engine) -> None:
+def test_autocommit_by_execution_option(any_engine: Engine) -> None:
     """So is what ran on a connection that the view put into AUTOCOMMIT."""
 
     def work(registry: Registry) -> None:
         registry.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         add(registry)
 
-    with plain_engine(servers) as engine:
+    with plain_engine(any_engine) as engine:
         assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 1
 
 
@@ -176,36 +166,28 @@ DDL = [
 
 
 @pytest.mark.parametrize("statement", DDL)
-def test_mariadb_commits_by_itself_at_ddl(statement: str, mariadb_url: str) -> None:
+def test_mariadb_commits_by_itself_at_ddl(statement: str, mariadb: Engine) -> None:
     """TRUNCATE, DDL and the like commit on MariaDB, so such a request is not repeated."""
-    engine = make_engine(mariadb_url)
-    make_tables(engine)
 
     def work(registry: Registry) -> None:
         add(registry)
         registry.execute(sql(statement))
 
-    assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 1
-    with engine.begin() as connection:
+    assert calls_until_stale(scoped_session(sessionmaker(mariadb)), work) == 1
+    with mariadb.begin() as connection:
         connection.execute(sql("UNLOCK TABLES"))
         connection.execute(sql("DROP TABLE IF EXISTS other"))
-    drop_tables(engine)
-    engine.dispose()
 
 
 @pytest.mark.parametrize("chained", ["COMMIT AND CHAIN", "COMMIT; BEGIN", "END; BEGIN"])
-def test_postgresql_commits_that_begin_again(chained: str, postgresql_url: str) -> None:
+def test_postgresql_commits_that_begin_again(chained: str, postgresql: Engine) -> None:
     """A COMMIT as text after which another transaction is open is seen all the same."""
-    engine = make_engine(postgresql_url)
-    make_tables(engine)
 
     def work(registry: Registry) -> None:
         add(registry)
         registry.connection().exec_driver_sql(chained)
 
-    assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 1
-    drop_tables(engine)
-    engine.dispose()
+    assert calls_until_stale(scoped_session(sessionmaker(postgresql)), work) == 1
 
 
 # What something inside made durable, and then failed.
@@ -231,17 +213,17 @@ def refused_request(inner: Registry) -> None:
 @pytest.mark.parametrize("inside", [failed_scope, rolled_back_scope, refused_request])
 @pytest.mark.parametrize(("mode", "calls"), [("AUTOCOMMIT", 1), ("SERIALIZABLE", 3)])
 def test_what_failed_inside_is_not_done_again_if_it_is_durable(
-    mode: Any, calls: int, inside: Work, servers: Engine
+    mode: Any, calls: int, inside: Work, any_engine: Engine
 ) -> None:
     """In AUTOCOMMIT its statements stay, so the request around it is not repeated."""
-    registry: Registry = scoped_session(sessionmaker(servers))
-    with plain_engine(servers) as plain:
+    registry: Registry = scoped_session(sessionmaker(any_engine))
+    with plain_engine(any_engine) as plain:
         inner = scoped_session(sessionmaker(plain.execution_options(isolation_level=mode)))
         assert calls_until_stale(registry, lambda _: inside(inner)) == calls
-    assert len(names(servers)) == (1 if mode == "AUTOCOMMIT" else 0)
+    assert len(names(any_engine)) == (1 if mode == "AUTOCOMMIT" else 0)
 
 
-def test_a_scope_that_failed_after_a_commit_as_text(servers: Engine) -> None:
+def test_a_scope_that_failed_after_a_commit_as_text(any_engine: Engine) -> None:
     """What a scope inside committed as text and then failed is not done again."""
 
     def work(inner: Registry) -> None:
@@ -249,11 +231,11 @@ def test_a_scope_that_failed_after_a_commit_as_text(servers: Engine) -> None:
             commit_as_text(inner)
             raise ZeroDivisionError
 
-    registry: Registry = scoped_session(sessionmaker(servers))
-    with plain_engine(servers) as plain:
+    registry: Registry = scoped_session(sessionmaker(any_engine))
+    with plain_engine(any_engine) as plain:
         inner = scoped_session(sessionmaker(plain))
         assert calls_until_stale(registry, lambda _: work(inner)) == 1
-    assert names(servers) == ["x"]
+    assert names(any_engine) == ["x"]
 
 
 # SQLite's legacy driver mode: RELEASE of the outermost savepoint is a COMMIT.

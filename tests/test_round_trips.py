@@ -10,9 +10,9 @@ import pytest
 from links import Link, linked
 from sessionscope import SessionMiddleware
 from sessionscope.engines import make_engine, make_reader
-from sqlalchemy import insert
+from sqlalchemy import Engine, insert
 from sqlalchemy.orm import scoped_session, sessionmaker
-from support import drop_tables, environ, make_tables, serve_once
+from support import environ, serve_once
 
 from models import Item
 from resources import make_app
@@ -25,16 +25,12 @@ WARM = 12
 
 
 @pytest.fixture
-def link(postgresql_url: str) -> Iterator[Link]:
+def link(postgresql: Engine, postgresql_url: str) -> Iterator[Link]:
     """The line to a server that has one item."""
-    engine = make_engine(postgresql_url)
-    make_tables(engine)
-    with engine.begin() as connection:
+    with postgresql.begin() as connection:
         connection.execute(insert(Item).values(id=1000, name="lamp"))
     with linked(postgresql_url) as made:
         yield made
-    drop_tables(engine)
-    engine.dispose()
 
 
 @pytest.fixture

@@ -11,32 +11,26 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from processes import Client, Process, create_many, send, serve
 from sessionscope.engines import make_engine
-from sqlalchemy import Connection, text
-from support import PATIENCE, drop_tables, names
-
-from web.database import create_tables
+from sqlalchemy import Connection, Engine, text
+from support import PATIENCE, names
 
 each_signal = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
 
 @pytest.fixture
-def rival(postgresql_url: str) -> Iterator[Connection]:
+def rival(postgresql: Engine) -> Iterator[Connection]:
     """A connection that keeps others from writing items, until it rolls back."""
-    engine = make_engine(postgresql_url)
-    create_tables(engine)
-    with engine.connect() as connection:
+    with postgresql.connect() as connection:
         connection.execute(text("LOCK TABLE items IN SHARE MODE"))
         yield connection
-    drop_tables(engine)
-    engine.dispose()
 
 
-def wait_for_one_that_waits(rival: Connection) -> None:
-    waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
-    deadline = time.monotonic() + PATIENCE
-    while not rival.scalar(waiting):
-        assert time.monotonic() < deadline, "no request waits for the lock"
-        time.sleep(0.02)
+def refuses(server: Process) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", server.port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def wait_until_refused(server: Process) -> None:

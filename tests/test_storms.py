@@ -21,10 +21,9 @@ from sessionscope.engines import make_engine
 from sqlalchemy import Engine, insert, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import SQLAlchemyError
-from support import PATIENCE, drop_tables, names
+from support import PATIENCE, names
 
 from models import Item
-from web.database import create_tables
 
 pytestmark = pytest.mark.long
 
@@ -81,15 +80,12 @@ def check_that_the_service_weathers(engine: Engine, what: str) -> None:
 
 
 @pytest.fixture
-def postgresql(postgresql_url: str) -> Iterator[Engine]:
-    engine = make_engine(postgresql_url)
-    create_tables(engine)
-    yield engine
-    drop_tables(engine)
-    with engine.begin() as connection:
-        connection.execute(sql("DROP FUNCTION fail()"))
+def postgresql(postgresql: Engine) -> Iterator[Engine]:
+    """What a test adds to it is dropped."""
+    yield postgresql
+    with postgresql.begin() as connection:
+        connection.execute(sql("DROP FUNCTION fail() CASCADE"))
         connection.execute(sql("DROP SEQUENCE tries"))
-    engine.dispose()
 
 
 @pytest.mark.parametrize("when", ["IMMEDIATE", "DEFERRED"], ids=["statement", "COMMIT"])
@@ -117,14 +113,11 @@ def test_postgresql_a_storm_of_conflicts(when: str, postgresql: Engine) -> None:
 
 
 @pytest.fixture
-def mariadb(mariadb_url: str) -> Iterator[Engine]:
-    engine = make_engine(mariadb_url)
-    create_tables(engine)
-    yield engine
-    drop_tables(engine)  # and the trigger
-    with engine.begin() as connection:
+def mariadb(mariadb: Engine) -> Iterator[Engine]:
+    """What a test adds to it is dropped; its trigger goes with the table."""
+    yield mariadb
+    with mariadb.begin() as connection:
         connection.execute(sql("DROP SEQUENCE tries"))
-    engine.dispose()
 
 
 def test_mariadb_a_storm_of_conflicts(mariadb: Engine) -> None:
