@@ -12,6 +12,7 @@ from typing import Literal
 
 from sqlalchemy import make_url
 from sqlalchemy.engine import URL
+from support import PATIENCE
 
 Cut = Literal["before it arrives", "while it runs", "before its answer"]
 
@@ -63,6 +64,12 @@ class Link:
         return socket.create_connection((self.target.host or "", self.target.port or 0))
 
 
+class Listener(socketserver.ThreadingTCPServer):
+    """Accepts clients, and does not wait in the end for one that never hangs up."""
+
+    daemon_threads = True
+
+
 @contextmanager
 def linked(url: str) -> Iterator[Link]:
     """Run a link to the server of *url* on loopback."""
@@ -73,12 +80,12 @@ def linked(url: str) -> Iterator[Link]:
             with suppress(OSError), link.connect() as server:
                 link.carry(self.request, server)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as listener:
+    with Listener(("127.0.0.1", 0), Handler) as listener:
         link.url = link.target.set(port=listener.server_address[1])
-        thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
+        thread = threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
             yield link
         finally:
             listener.shutdown()
-            thread.join()
+            thread.join(PATIENCE)

@@ -67,7 +67,7 @@ def running(
         server.port = int(server.read_until(port_in)[1])
         for _ in range(ready):
             server.read_until("worker is ready")
-        drain = threading.Thread(target=lambda: server.lines.extend(server.stderr))
+        drain = threading.Thread(target=lambda: server.lines.extend(server.stderr), daemon=True)
         drain.start()
         try:
             yield server

@@ -171,7 +171,7 @@ def killing(master: int, chance: random.Random) -> Iterator[list[int]]:
                 killed.append(chance.choice(sorted(victims)))
                 databases.send(signal.SIGKILL, killed[-1:])
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield killed

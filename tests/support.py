@@ -132,6 +132,24 @@ class Server:
         return self.reply
 
 
+def in_thread(action: Callable[[], object]) -> None:
+    """Run *action* in another thread; what it raises is raised here."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    if raised:
+        raise raised[0]
+
+
 def serve_once(app: WSGIApplication, request: WSGIEnvironment | None = None) -> Reply:
     return Server(app).run(request)
 
@@ -146,7 +164,7 @@ def serving(app: WSGIApplication, threads: int = 4, **options: Any) -> Iterator[
         while server.active_channels or not stopping.is_set():  # clients have hung up by then
             wasyncore.loop(timeout=PATIENCE, map=server._map, count=1)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield int(server.effective_port)
@@ -154,9 +172,10 @@ def serving(app: WSGIApplication, threads: int = 4, **options: Any) -> Iterator[
         stopping.set()
         server.pull_trigger()
         thread.join(PATIENCE)
-        assert not thread.is_alive()
+        stopped = not thread.is_alive()
         server.task_dispatcher.shutdown()  # it would drop the requests that are left, and wait
         wasyncore.close_all(server._map, True)
+    assert stopped, "a request went on, or a client did not hang up"
 
 
 @dataclass

@@ -305,11 +305,8 @@ def test_postgresql_write_skew_is_resolved(postgresql: Engine) -> None:
         registry.add(Item(name=f"saw {count}"))
 
     app = SessionMiddleware(text(b"", before=work), registry, attempts=5)
-    threads = [threading.Thread(target=serve_once, args=(app, environ("POST"))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: serve_once(app, environ("POST")), range(2)))
     assert sorted(map(str, names(postgresql))) == ["saw 0", "saw 1"]
 
 

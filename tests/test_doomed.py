@@ -366,7 +366,7 @@ def deadlock(engine: Engine, registry: Registry) -> None:
         other.execute(insert(Item), [{"name": "other"} for _ in range(50)])
         rename(other, 2, "other")
         rename(registry, 1, "mine")
-        waiting = threading.Thread(target=rename, args=(other, 1, "other"))
+        waiting = threading.Thread(target=rename, args=(other, 1, "other"), daemon=True)
         waiting.start()
         wait_until_one_waits(engine)
         with suppress(OperationalError):

@@ -272,7 +272,7 @@ def lose_a_deadlock(session: Session, outside: Engine) -> None:
         if outside.dialect.name == "postgresql":
             session.execute(sql("SET LOCAL deadlock_timeout = '10ms'"))
         add_one(session, 1)
-        waiting = threading.Thread(target=add_one, args=(other, 1))
+        waiting = threading.Thread(target=add_one, args=(other, 1), daemon=True)
         waiting.start()
         try:
             wait_until(outside, WAITING[outside.dialect.name])

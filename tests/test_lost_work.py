@@ -8,6 +8,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -25,7 +26,7 @@ from sqlalchemy import Engine, create_engine, event, insert, select
 from sqlalchemy import text as sql
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, object_session, scoped_session, sessionmaker
-from support import Server, environ, names, refuse_commit, serve_once, text
+from support import PATIENCE, Server, environ, names, refuse_commit, serve_once, text
 
 from models import Item
 
@@ -158,28 +159,20 @@ def test_first_use_in_many_threads_at_once(engine: Engine, outside: Engine) -> N
     """Many threads whose first requests come together all commit."""
     registry = scoped_session(sessionmaker(engine))
     together = threading.Barrier(8)
-    failed: list[BaseException] = []
 
     def work() -> None:
-        together.wait(60)
+        together.wait(PATIENCE)
         registry.add(Item(name="x"))
         registry.commit()
 
-    def request() -> None:
-        try:
-            post(work, registry)
-        except BaseException as error:
-            failed.append(error)
-
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    threads = [threading.Thread(target=request) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    sys.setswitchinterval(interval)
-    assert (failed, len(names(outside))) == ([], 8)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: post(work, registry), range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(names(outside)) == 8
 
 
 # Sessions that took the place of the request's.

@@ -17,7 +17,6 @@ import logging
 import operator
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ from sqlalchemy.exc import (
     StatementError,
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from support import PATIENCE, Server, debts, environ, make_tables, names, refuse_commit
+from support import Server, debts, environ, in_thread, make_tables, names, refuse_commit
 
 from models import Item
 
@@ -1046,24 +1045,6 @@ class Machine(RuleBasedStateMachine):
         finally:
             self.app.registry.remove()
             self.databases.throw_away()
-
-
-def in_thread(action: Callable[[], object]) -> None:
-    """Run *action* in another thread; what it raises is raised here."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            action()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
-    if raised:
-        raise raised[0]
 
 
 @pytest.fixture

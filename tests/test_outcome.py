@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from sessionscope import SessionMiddleware, commit_on_success
 from sqlalchemy import Engine, event
 from sqlalchemy import text as sql
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from support import Server, environ, names, refuse_commit, serve_once, text
+from support import PATIENCE, Server, environ, names, refuse_commit, serve_once, text
 
 from models import Item
 
@@ -260,12 +261,9 @@ def test_threads_have_sessions_of_their_own(registry: Registry, outside: Engine)
 
     def work() -> None:
         sessions.append(registry())
-        both.wait(60)
+        both.wait(PATIENCE)
 
     application = SessionMiddleware(text(b"", before=work), registry)
-    threads = [threading.Thread(target=serve_once, args=(application,)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(serve_once, [application] * 2))
     assert len(set(sessions)) == 2

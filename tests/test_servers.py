@@ -115,7 +115,7 @@ def subprocess_server(name: str, folder: Path) -> Iterator[int]:
 @contextmanager
 def wsgiref_server(app: WSGIApplication) -> Iterator[int]:
     with make_server("127.0.0.1", 0, app) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
             yield server.server_port

@@ -7,7 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sessionscope import SessionMiddleware, TransactionDoomed, session_scope
 from sessionscope.testing import isolated
 from sqlalchemy import Engine, insert, select
 from sqlalchemy.orm import Mapped, Session, mapped_column, scoped_session, sessionmaker
-from support import PATIENCE, Server, environ, names, serve_once, text
+from support import PATIENCE, Server, environ, in_thread, names, serve_once, text
 from webtest import TestApp
 
 from models import Item
@@ -32,13 +32,6 @@ Registry = scoped_session[Session]
 def add(registry: Registry, name: str) -> Session:
     registry.execute(insert(Item).values(name=name))
     return registry()
-
-
-def in_thread(work: Callable[[], object]) -> None:
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
 
 
 # Asynchronous views.
@@ -285,7 +278,7 @@ def test_a_scope_in_a_thread_with_the_context(registry: Registry, outside: Engin
     def work() -> None:
         mine = registry()
         context = copy_context()
-        thread = threading.Thread(target=context.run, args=(elsewhere,))
+        thread = threading.Thread(target=context.run, args=(elsewhere,), daemon=True)
         thread.start()
         assert entered.wait(PATIENCE)
         assert registry() is mine is not seen[0]
@@ -313,7 +306,7 @@ def test_what_outlives_the_request_has_the_users_own_registry(registry: Registry
     def stream(environ: Any, start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", [])
         looked.append(registry())
-        thread.append(threading.Thread(target=copy_context().run, args=(beside,)))
+        thread.append(threading.Thread(target=copy_context().run, args=(beside,), daemon=True))
         thread[0].start()
         yield b"one"
         yield b"two"

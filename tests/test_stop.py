@@ -127,7 +127,7 @@ def test_under_load_nothing_is_dropped(sqlite_url: str) -> None:
             except ConnectionError:
                 outcomes.append("never begun")
 
-    with serve("--database-url", sqlite_url) as server, ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(8) as threads, serve("--database-url", sqlite_url) as server:
         create_many(server, 2, 2)
         for _ in range(8):
             threads.submit(create_until_refused, server)

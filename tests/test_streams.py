@@ -20,7 +20,16 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlalchemy.pool import QueuePool
-from support import PATIENCE, Server, environ, names, refuse_commit, serve_once, serving
+from support import (
+    PATIENCE,
+    Server,
+    environ,
+    in_thread,
+    names,
+    refuse_commit,
+    serve_once,
+    serving,
+)
 
 from models import Item
 
@@ -268,9 +277,7 @@ def test_close_from_another_thread(
     body = server.begin()
     if finished:
         list(body)
-    thread = threading.Thread(target=server.finish)
-    thread.start()
-    thread.join(PATIENCE)
+    in_thread(server.finish)
     assert checked_out(engine) == 0
     assert names(outside) == (["0", "1", "2"] if finished else [])
 
@@ -286,18 +293,7 @@ def test_what_another_thread_cannot_release_is_logged(
     registry = scoped_session(sessionmaker(engine))
     server = Server(SessionMiddleware(stream(registry), registry))
     server.begin()
-    raised: list[BaseException] = []
-
-    def finish() -> None:
-        try:
-            server.finish()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=finish)
-    thread.start()
-    thread.join(PATIENCE)
-    assert raised == []
+    in_thread(server.finish)
     assert "ROLLBACK failed" in caplog.text
     assert checked_out(engine) == 0
     gc.collect()
@@ -339,9 +335,7 @@ def test_a_stream_pulled_from_another_thread_sees_its_own_session(
     body = server.begin()
     pulled: list[bytes] = []
     for _ in range(4):
-        thread = threading.Thread(target=lambda: pulled.extend([next(body, b"end")]))
-        thread.start()
-        thread.join(PATIENCE)
+        in_thread(lambda: pulled.append(next(body, b"end")))
     server.finish()
     assert pulled == [b"0", b"1", b"2", b"end"]
     assert names(outside) == ["0", "1", "2"]

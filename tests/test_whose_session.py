@@ -16,7 +16,7 @@ from sqlalchemy import Engine, event, insert, select
 from sqlalchemy import text as sql
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from support import PATIENCE, Server, environ, names, serve_once, text
+from support import Server, environ, in_thread, names, serve_once, text
 
 from models import Item
 
@@ -111,9 +111,7 @@ def test_a_request_in_another_thread_is_one_of_its_own(registry: Registry) -> No
 
     def main() -> None:
         seen.append(shared())
-        thread = threading.Thread(target=serve_once, args=(application,))
-        thread.start()
-        thread.join(PATIENCE)
+        in_thread(lambda: serve_once(application))
         seen.append(shared())
 
     serve_once(SessionMiddleware(text(b"", before=main), shared))
