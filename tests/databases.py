@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, create_engine
+from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -77,7 +77,7 @@ def until(
         time.sleep(pause)
 
 
-def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
+def execute(url: str | URL, statement: str) -> list[tuple[Any, ...]]:
     """Run one statement outside any transaction, on a connection of its own; its rows."""
     engine = create_engine(
         url, poolclass=NullPool, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True
@@ -86,6 +86,22 @@ def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
     with engine.connect().execution_options(no_parameters=True) as connection:
         result = connection.exec_driver_sql(statement)
         return [tuple(row) for row in result] if result.returns_rows else []
+
+
+WAITING = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
+    "mariadb": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",
+}
+
+
+def waiting(url: str | URL) -> int:
+    """How many transactions wait for a lock."""
+    return int(execute(url, WAITING[make_url(url).get_backend_name()])[0][0])
+
+
+def until_one_waits(url: str | URL) -> None:
+    """Return when a transaction waits for a lock."""
+    until(lambda: waiting(url) > 0, "a transaction that waits for a lock", pause=INNODB_PAUSE)
 
 
 @dataclass(frozen=True)

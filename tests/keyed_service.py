@@ -11,7 +11,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from databases import INNODB_PAUSE, execute, until
+from databases import INNODB_PAUSE, until, waiting
 from sessionscope import SessionMiddleware
 from sessionscope.idempotency import Idempotency, idempotency_table
 from sqlalchemy import Connection, Engine, MetaData, Row, event
@@ -181,13 +181,6 @@ class Held:
         self.threads.shutdown()
 
 
-WAITING = {
-    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
-    "mariadb": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",
-}
-"""How many connections wait for a lock."""
-
-
 class Rivals:
     """Requests in threads, each of a service that knows of no other."""
 
@@ -213,7 +206,7 @@ class Rivals:
         url = bind_of(self.services[0]).url
         if url.get_backend_name() == "sqlite":
             return len(self.begun)
-        return int(execute(str(url), WAITING[url.get_backend_name()])[0][0])
+        return waiting(url)
 
     def end(self) -> list[Reply]:
         return [reply.result(PATIENCE) for reply in self.replies]

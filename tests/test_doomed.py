@@ -13,7 +13,7 @@ from typing import Any
 
 import pymysql
 import pytest
-from databases import INNODB_PAUSE, until
+from databases import until_one_waits
 from sessionscope import (
     CommitOutcomeUnknown,
     Outcome,
@@ -346,19 +346,6 @@ def rename(connection: Any, key: int, name: str) -> None:
     connection.execute(update(Item).where(Item.id == key).values(name=name))
 
 
-def wait_until_one_waits(engine: Engine) -> None:
-    """Return when a transaction of *engine*'s server waits for a lock."""
-    waiting = sql(
-        "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
-    )
-
-    def is_waiting() -> bool:
-        with engine.connect() as connection:
-            return bool(connection.scalar(waiting))
-
-    until(is_waiting, "a lock to be waited for", pause=INNODB_PAUSE)
-
-
 def deadlock(engine: Engine, registry: Registry) -> None:
     """Lose a deadlock against another connection, and swallow the error."""
     with engine.connect() as other:
@@ -368,7 +355,7 @@ def deadlock(engine: Engine, registry: Registry) -> None:
         rename(registry, 1, "mine")
         waiting = threading.Thread(target=rename, args=(other, 1, "other"), daemon=True)
         waiting.start()
-        wait_until_one_waits(engine)
+        until_one_waits(engine.url)
         with suppress(OperationalError):
             rename(registry, 2, "mine")
         waiting.join(PATIENCE)

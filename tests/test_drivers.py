@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conflicts import Base, Counter, Holder, Request, add_one, change_after, values
+from databases import execute, until, until_one_waits
 from links import Cut, Link, linked
 from sessionscope import CommitOutcomeUnknown, TransactionDoomed
 from sessionscope.engines import make_engine, make_reader
@@ -244,25 +245,6 @@ def test_a_lost_update_is_repeated(engine: Engine, outside: Engine) -> None:
     assert (request.attempts, values(outside)) == (2, [2, 0])
 
 
-WAITING = {
-    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
-    "mariadb": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",
-}
-
-
-def wait_until(engine: Engine, condition: str) -> None:
-    """Return when the query *condition* finds something."""
-    stop = threading.Event()
-    timer = threading.Timer(PATIENCE, stop.set)
-    timer.start()
-    with engine.connect() as connection:
-        while not connection.scalar(sql(condition)):
-            # InnoDB tells the same again to who asks before a tenth of a second is over.
-            assert not stop.wait(0.15), condition
-            connection.rollback()
-    timer.cancel()
-
-
 def lose_a_deadlock(session: Session, outside: Engine) -> None:
     """Wait for another transaction that waits for this one, and be the one that is ended."""
     with outside.connect() as other:
@@ -275,7 +257,7 @@ def lose_a_deadlock(session: Session, outside: Engine) -> None:
         waiting = threading.Thread(target=add_one, args=(other, 1), daemon=True)
         waiting.start()
         try:
-            wait_until(outside, WAITING[outside.dialect.name])
+            until_one_waits(outside.url)
             add_one(session, 2)
         finally:
             waiting.join(PATIENCE)
@@ -391,7 +373,7 @@ def kill(session: Session, outside: Engine) -> None:
     number = session.scalar(sql(NUMBER[name]))
     with outside.connect() as connection:
         connection.execute(sql(KILL[name].format(number)))
-    wait_until(outside, GONE[name].format(number))
+    until(lambda: bool(execute(outside.url, GONE[name].format(number))[0][0]), "it to be gone")
 
 
 def test_a_connection_that_was_killed_is_replaced(engine: Engine, outside: Engine) -> None:

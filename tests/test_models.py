@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import databases
 import pytest
+from databases import until_one_waits
 from sessionscope import SessionMiddleware, engines
 from sessionscope.databases import is_unavailable
 from sessionscope.engines import make_engine, make_reader
@@ -505,7 +505,6 @@ def test_tables_are_made_once(any_url: str) -> None:
 def test_postgresql_makes_tables_once(postgresql_url: str) -> None:
     """Who makes the tables while another one is just about to commit them waits, and succeeds."""
     made, waited = threading.Event(), threading.Event()
-    blocked = sql("SELECT count(*) FROM pg_locks WHERE NOT granted")
     with (
         engine_for(postgresql_url) as first,
         engine_for(postgresql_url) as second,
@@ -521,10 +520,7 @@ def test_postgresql_makes_tables_once(postgresql_url: str) -> None:
             attempts = [threads.submit(create_tables, first)]
             assert made.wait(PATIENCE)
             attempts.append(threads.submit(create_tables, second))
-            with second.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                until = monotonic() + PATIENCE
-                while not connection.scalar(blocked) and monotonic() < until:
-                    pass
+            until_one_waits(postgresql_url)
             waited.set()
             assert [attempt.result(PATIENCE) for attempt in attempts] == [None, None]
         finally:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from databases import until, until_one_waits
 from processes import Client, Process, create_many, send, serve
 from sessionscope.engines import make_engine
 from sqlalchemy import Connection, Engine, text
@@ -34,14 +34,7 @@ def refuses(server: Process) -> bool:
 
 
 def wait_until_refused(server: Process) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", server.port)).close()
-        except ConnectionRefusedError:
-            return
-        assert time.monotonic() < deadline, "the server goes on listening"
-        time.sleep(0.02)
+    until(lambda: refuses(server), "the server to stop listening")
 
 
 @each_signal
@@ -49,7 +42,7 @@ def test_what_runs_is_finished(how: signal.Signals, postgresql_url: str, rival: 
     """Told to stop, the server accepts nobody, answers the request that runs, and exits with 0."""
     with serve("--database-url", postgresql_url) as server, ThreadPoolExecutor() as threads:
         answer = threads.submit(send, server, "POST", "/")
-        wait_for_one_that_waits(rival)
+        until_one_waits(rival.engine.url)
         server.process.send_signal(how)
         wait_until_refused(server)
         assert not answer.done()
@@ -90,7 +83,7 @@ def test_the_wait_is_bounded(postgresql_url: str, rival: Connection) -> None:
     command = ("--database-url", postgresql_url, "--stop-timeout", "1")
     with serve(*command) as server, Client(server) as client:
         client.connection.request("POST", "/")
-        wait_for_one_that_waits(rival)
+        until_one_waits(rival.engine.url)
         server.process.terminate()
         assert server.process.wait(PATIENCE) == 0
         assert client.connection.sock.recv(1) == b""
@@ -103,7 +96,7 @@ def test_the_second_signal_is_final(postgresql_url: str, rival: Connection) -> N
     command = ("--database-url", postgresql_url, "--stop-timeout", "3600")
     with serve(*command) as server, Client(server) as client:
         client.connection.request("POST", "/")
-        wait_for_one_that_waits(rival)
+        until_one_waits(rival.engine.url)
         server.process.send_signal(signal.SIGINT)
         wait_until_refused(server)
         server.process.send_signal(signal.SIGINT)
@@ -131,8 +124,7 @@ def test_under_load_nothing_is_dropped(sqlite_url: str) -> None:
         create_many(server, 2, 2)
         for _ in range(8):
             threads.submit(create_until_refused, server)
-        while len(outcomes) < 40:
-            time.sleep(0.01)
+        until(lambda: len(outcomes) >= 40, "40 answers", pause=0.01)
         server.process.terminate()
         assert server.process.wait(PATIENCE) == 0
     engine = make_engine(sqlite_url)
