@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -42,6 +43,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(group))
                 break
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collections_are_short() -> None:
+    """Keep what is there before the tests of a module from the collector."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have a connection or a file that a test left open found at once, and that test fail."""
+    yield
+    request.node.funcargs.clear()  # fixtures have closed theirs by now, or never will
+    gc.collect()
 
 
 Server = TypeVar(
@@ -169,6 +185,18 @@ def any_engine(any_url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture
+def postgresql(postgresql_url: str) -> Iterator[Engine]:
+    """The same on PostgreSQL."""
+    yield from engine_at(postgresql_url)
+
+
+@pytest.fixture
+def mariadb(mariadb_url: str) -> Iterator[Engine]:
+    """The same on MariaDB."""
+    yield from engine_at(mariadb_url)
+
+
+@pytest.fixture
 def outside(sqlite_url: str, engine: Engine) -> Iterator[Engine]:
     """A second engine on the same file, to see what is durable."""
     second = make_engine(sqlite_url)
@@ -182,18 +210,6 @@ def registry_for(engine: Engine) -> Iterator[scoped_session[Session]]:
     left = registry.registry.has()
     registry.remove()
     assert not left, "a session was left in the registry"
-
-
-@pytest.fixture
-def postgresql(postgresql_url: str) -> Iterator[Engine]:
-    """The same on PostgreSQL."""
-    yield from engine_at(postgresql_url)
-
-
-@pytest.fixture
-def mariadb(mariadb_url: str) -> Iterator[Engine]:
-    """The same on MariaDB."""
-    yield from engine_at(mariadb_url)
 
 
 @pytest.fixture

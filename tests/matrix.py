@@ -64,8 +64,7 @@ def run(version: str, python: str, requirement: str, postgresql: str, tests: lis
     pytest = [f"{folder}/bin/pytest", "-q", "--numprocesses", "4", "--dist", "loadgroup"]
     environ = {**os.environ, "POSTGRESQL": postgresql}
     if requirement != OLDEST_SQLALCHEMY:
-        # Python 3.13 tells of SQLite connections that the collector finds, in whatever test runs.
-        pytest += ["-m", "not long", "-W", "ignore::ResourceWarning"]
+        pytest += ["-m", "not long"]
     subprocess.run([*pytest, *tests], env=environ, check=True)
 
 

@@ -295,8 +295,9 @@ def test_a_hidden_error_that_undid_all_is_no_success(
     """Where skip_user_error_events hides an error from every listener, the driver tells."""
     with session_scope(registry) as session:
         session.add(Item(id=1, name="one"))
+    legacy = create_engine(sqlite_url)
     if mode == "legacy":
-        registry.configure(bind=create_engine(sqlite_url))
+        registry.configure(bind=legacy)
 
     def work() -> None:
         registry.add(Item(name="before"))
@@ -308,6 +309,7 @@ def test_a_hidden_error_that_undid_all_is_no_success(
 
     with pytest.raises(TransactionDoomed):
         post(registry, work)
+    legacy.dispose()
     assert names(outside) == ["one"]
 
 

@@ -159,15 +159,11 @@ def engine(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]
 
 
 @pytest.fixture(autouse=True)
-def _only_what_is_played(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Retries do not wait, nothing is logged, and collections of garbage are short."""
+def _only_what_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries do not wait, and nothing is logged."""
     monkeypatch.setattr(middleware, "RETRY_PAUSE", 0.0)
     # Captured log records hold tracebacks, and so sessions.
     monkeypatch.setattr(logging.getLogger("sessionscope"), "disabled", True)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -289,6 +290,8 @@ def test_what_another_thread_cannot_release_is_logged(
     engine = create_engine(
         f"sqlite:///{tmp_path}/strict.db", connect_args={"check_same_thread": True}
     )
+    opened: list[sqlite3.Connection] = []
+    event.listen(engine, "connect", lambda driver, _: opened.append(driver))
     Item.metadata.create_all(engine)
     registry = scoped_session(sessionmaker(engine))
     server = Server(SessionMiddleware(stream(registry), registry))
@@ -296,7 +299,8 @@ def test_what_another_thread_cannot_release_is_logged(
     in_thread(server.finish)
     assert "ROLLBACK failed" in caplog.text
     assert checked_out(engine) == 0
-    gc.collect()
+    for connection in opened:
+        connection.close()
     engine.dispose()
 
 
