@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -215,6 +215,21 @@ class Rivals:
         self.threads.shutdown()
         for service in self.services:
             event.remove(bind_of(service), "begin", self.begin)
+
+
+def in_step(services: Sequence[Service], times: int) -> list[tuple[Reply, ...]]:
+    """Post each of so many keys to all *services* at the same instant; the replies to each key."""
+    together = threading.Barrier(len(services))
+
+    def post_all(service: Service) -> list[Reply]:
+        replies = []
+        for number in range(times):
+            together.wait(PATIENCE)
+            replies.append(service.post(f"{number}"))
+        return replies
+
+    with ThreadPoolExecutor(len(services)) as threads:
+        return [*zip(*threads.map(post_all, services), strict=True)]
 
 
 @pytest.fixture

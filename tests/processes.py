@@ -21,6 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVE = [sys.executable, str(ROOT / "serve.py")]
 
 
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python of its own to its end, in the root of the repository."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
 class Process:
     """A server in a process of its own, and what it logs."""
 

@@ -76,6 +76,14 @@ class Post:
         return outcome.action
 
 
+def mend_when_lost(engine: Engine, link: Link) -> None:
+    """Have the link whole again when the engine has lost its connection."""
+
+    @event.listens_for(engine, "invalidate")
+    def mend(*_: Any) -> None:
+        link.cut = None
+
+
 def statements(engine: Engine) -> list[str]:
     """All that the engine sends from now on."""
     sent: list[str] = []
@@ -116,11 +124,7 @@ def test_a_commit_that_never_arrived_is_made_again(
     """What is known to be aborted may be tried again, and has one effect."""
     post = Post(engine, attempts=2)
     link.cut = "before it arrives"
-
-    @event.listens_for(engine, "invalidate")
-    def mend(*_: Any) -> None:
-        link.cut = None
-
+    mend_when_lost(engine, link)
     assert post.send() == b"fine"
     assert names(outside) == ["call 2"]
     assert (post.action, post.calls, post.callbacks) == ("commit", 2, 1)
@@ -281,11 +285,7 @@ def test_an_own_commit_that_was_not_done_is_repeated(
     post = Post(engine, attempts=2)
     post.app.app = text(b"fine", before=own_commit(post, swallowed=False))
     link.cut = "before it arrives"
-
-    @event.listens_for(engine, "invalidate")
-    def mend(*_: Any) -> None:
-        link.cut = None
-
+    mend_when_lost(engine, link)
     assert post.send() == b"fine"
     assert names(outside) == ["call 2"]
 
@@ -394,11 +394,7 @@ def test_a_lost_commit_is_not_forgotten(status: str, engine: Engine, link: Link)
     post = Post(engine, confirm=False)
     post.app.app = text(b"", status=status, before=forgotten_commit(post))
     link.cut = "before its answer"
-
-    @event.listens_for(engine, "invalidate")
-    def mend(*_: Any) -> None:
-        link.cut = None
-
+    mend_when_lost(engine, link)
     if status == "200 OK":
         with pytest.raises(CommitOutcomeUnknown):
             post.send()
@@ -414,11 +410,7 @@ def test_a_lost_commit_that_was_done_is_a_success_later(
     post = Post(engine)
     post.app.app = text(b"fine", before=forgotten_commit(post))
     link.cut = "before its answer"
-
-    @event.listens_for(engine, "invalidate")
-    def mend(*_: Any) -> None:
-        link.cut = None
-
+    mend_when_lost(engine, link)
     assert post.send() == b"fine"
     assert names(outside) == ["call 1"]
 

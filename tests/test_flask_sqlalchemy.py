@@ -164,6 +164,25 @@ def add_view(app: flask.Flask) -> TestApp:
     return TestApp(app)
 
 
+def login_view(app: flask.Flask) -> None:
+    """Keep Ada, and have POST /login log her in."""
+    keep(app, User(name="Ada"))
+
+    @app.post("/login")
+    def log_in() -> str:
+        login_user(db.get_or_404(User, 1))
+        return "ok"
+
+
+def rename_view(app: flask.Flask) -> None:
+    """Have POST /<name> rename who is logged in."""
+
+    @app.post("/<name>")
+    def rename(name: str) -> str:
+        current_user.name = name
+        return "ok"
+
+
 # What Flask-SQLAlchemy adds.
 
 
@@ -241,12 +260,7 @@ def test_committed_models_are_announced_after_the_commit(make_app: MakeApp) -> N
 
 def test_the_user_and_the_request_are_known_at_commit(app: flask.Flask) -> None:
     """An object that the view never flushes gets current_user, and request in a default."""
-    keep(app, User(name="Ada"))
-
-    @app.post("/login")
-    def log_in() -> str:
-        login_user(db.get_or_404(User, 1))
-        return "ok"
+    login_view(app)
 
     @app.post("/notes")
     def create() -> str:
@@ -261,18 +275,8 @@ def test_the_user_and_the_request_are_known_at_commit(app: flask.Flask) -> None:
 
 def test_a_change_of_the_user_is_kept(app: flask.Flask) -> None:
     """What a view changes of current_user is committed like any other object."""
-    keep(app, User(name="Ada"))
-
-    @app.post("/login")
-    def log_in() -> str:
-        login_user(db.get_or_404(User, 1))
-        return "ok"
-
-    @app.post("/<name>")
-    def rename(name: str) -> str:
-        current_user.name = name
-        return "ok"
-
+    login_view(app)
+    rename_view(app)
     client = TestApp(app)
     client.post("/login")
     client.post("/Grace")
@@ -526,18 +530,8 @@ def test_a_pushed_context_keeps_nothing_of_a_request(app: flask.Flask) -> None:
 
 def test_contexts_between_requests_disturb_nobody(app: flask.Flask) -> None:
     """A test that pushes a context for each look sees and keeps what each request did."""
-    keep(app, User(name="Ada"))
-
-    @app.post("/login")
-    def log_in() -> str:
-        login_user(db.get_or_404(User, 1))
-        return "ok"
-
-    @app.post("/<name>")
-    def rename(name: str) -> str:
-        current_user.name = name
-        return "ok"
-
+    login_view(app)
+    rename_view(app)
     client = app.test_client()
     client.post("/login")
     for name in ("Grace", "Joan"):

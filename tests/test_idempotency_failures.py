@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from keyed_service import (
     Service,
     bind_of,
     code,
+    in_step,
     is_replay,
     prepared,
     rows,
@@ -23,7 +23,7 @@ from sessionscope import CommitOutcomeUnknown
 from sessionscope.engines import make_engine
 from sqlalchemy import create_engine, event, make_url
 from sqlalchemy import text as sql
-from support import PATIENCE, Reply, names
+from support import PATIENCE, names
 
 if TYPE_CHECKING:
     pass
@@ -154,17 +154,7 @@ def galera(galera_cluster: GaleraCluster) -> Iterator[list[Service]]:
 
 def test_galera_two_nodes_at_once(galera: list[Service]) -> None:
     """Of one key that both nodes get at the same instant one work stays, for 150 keys."""
-    start = threading.Barrier(2)
-
-    def send(service: Service) -> list[Reply]:
-        replies = []
-        for number in range(150):
-            start.wait(PATIENCE)
-            replies.append(service.post(f"{number}"))
-        return replies
-
-    with ThreadPoolExecutor(2) as threads:
-        pairs = [*zip(*threads.map(send, galera), strict=True)]
+    pairs = in_step(galera, 150)
     assert {code(reply) for pair in pairs for reply in pair} == {201}
     assert all(one.content == other.content for one, other in pairs)
     made = sorted(one.content.decode() for one, _ in pairs)

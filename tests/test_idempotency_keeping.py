@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -12,6 +11,7 @@ from typing import Any
 import keyed_service
 import pytest
 from keyed_service import Service, code, is_replay, key_table, keys, rows, sent
+from processes import run_python
 from sessionscope.engines import make_engine
 from sessionscope.idempotency import purge
 from sessionscope.testing import isolated
@@ -246,8 +246,7 @@ def test_a_replay_writes_nothing(any_service: Service, any_engine: Engine) -> No
 
 def modules_after(*imports: str) -> set[str]:
     script = f"import sys; {'; '.join(imports)}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
-    return set(done.stdout.decode().split())
+    return set(run_python("-c", script).stdout.split())
 
 
 def test_it_imports_sqlalchemy_and_the_standard_library() -> None:

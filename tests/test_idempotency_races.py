@@ -18,6 +18,7 @@ from keyed_service import (
     Service,
     bind_of,
     code,
+    in_step,
     is_replay,
     keys,
     post,
@@ -400,17 +401,7 @@ def test_many_keys_at_once(services: Callable[[], Service]) -> None:
 def test_two_processes_race(services: Callable[[], Service]) -> None:
     """Of two at the same instant one executes; both get its response or a 409, and no error."""
     both = services(), services()
-    start = threading.Barrier(2)
-
-    def send(service: Service) -> list[Reply]:
-        replies = []
-        for number in range(40):
-            start.wait(PATIENCE)
-            replies.append(service.post(f"{number}"))
-        return replies
-
-    with ThreadPoolExecutor(2) as threads:
-        pairs = [*zip(*threads.map(send, both), strict=True)]
+    pairs = in_step(both, 40)
     assert {code(reply) for pair in pairs for reply in pair} <= {201, 409}
     contents = [{reply.content for reply in pair if code(reply) == 201} for pair in pairs]
     assert {len(each) for each in contents} == {1}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextvars import Context
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import item_service
 import pytest
 from item_service import Service
-from processes import ROOT
+from processes import run_python
 from sessionscope import SessionMiddleware
 from sqlalchemy.orm import scoped_session, sessionmaker
 from support import Server, environ, serve_once, text
@@ -169,11 +168,5 @@ serve.create_app("sqlite://")(environ, lambda *head: None)
 
 def test_a_log_that_is_configured_is_left_alone() -> None:
     """What a program has set up before it makes the service stays as it is."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CONFIGURED],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
+    done = run_python("-W", "ignore", "-c", CONFIGURED)
+    assert (done.returncode, done.stderr) == (0, "")

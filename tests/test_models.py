@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from typing import Any
 import databases
 import pytest
 from databases import until_one_waits
+from processes import run_python
 from sessionscope import SessionMiddleware, engines
 from sessionscope.databases import is_unavailable
 from sessionscope.engines import make_engine, make_reader
@@ -476,13 +475,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 def test_a_full_disk_is_not_ready(engine: Engine, sqlite_url: str) -> None:
     """A probe raises where the file cannot grow, although items can be read."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, sqlite_url],
-        cwd=Path(models.__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", FULL, sqlite_url)
     assert (done.stdout, done.stderr) == ("OperationalError\n", "")
 
 
@@ -703,11 +696,5 @@ engine.dispose()
 
 def test_a_fork_shares_no_connection(any_url: str) -> None:
     """A child process opens connections of its own, and its parent keeps those that it has."""
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, any_url],
-        cwd=Path(models.__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", FORK, any_url)
     assert (done.stdout, done.stderr) == ("True 0\n", "")

@@ -16,7 +16,18 @@ import pytest
 import sessionscope
 from databases import Node, free_port, until
 from item_service import service_at
-from processes import ROOT, SERVE, Client, Process, create_many, listed, running, send, serve
+from processes import (
+    ROOT,
+    SERVE,
+    Client,
+    Process,
+    create_many,
+    listed,
+    run_python,
+    running,
+    send,
+    serve,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from sessionscope.engines import make_engine
 from sqlalchemy import insert
@@ -348,13 +359,7 @@ serve.main()
 
 def test_metrics_need_their_library() -> None:
     """Where prometheus-client is not installed --metrics says how to get it."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_IT],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-W", "ignore", "-c", WITHOUT_IT)
     assert done.returncode == 2
     assert "serve.py: --metrics: " in done.stderr
     assert "pip install -e '.[app]'" in done.stderr

@@ -6,8 +6,6 @@ import gc
 import logging
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_python
 from sessionscope import SessionMiddleware, attempt
 from sqlalchemy import Engine, create_engine, event, insert, select
 from sqlalchemy.exc import IntegrityError
@@ -134,15 +133,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_a_stream_needs_no_memory_of_its_length(request: pytest.FixtureRequest) -> None:
+def test_a_stream_needs_no_memory_of_its_length() -> None:
     """100 MB through the middleware take at most 8 MiB more than 1 MB does."""
 
     def peak(chunks: int) -> int:
-        command = [sys.executable, "-c", MEMORY.format(chunks=chunks)]
-        done = subprocess.run(
-            command, cwd=request.config.rootpath, check=True, capture_output=True, text=True
-        )
-        return int(done.stdout)
+        return int(run_python("-c", MEMORY.format(chunks=chunks)).stdout)
 
     kibibytes = peak(1600) - peak(16)
     assert kibibytes < 8 * 1024

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_python
 from sessionscope import SessionMiddleware, session_scope
 from sessionscope.engines import make_engine
 from sqlalchemy import Engine
@@ -332,11 +331,5 @@ print(SessionMiddleware is by_package is by_module, sessionscope.middleware is m
 
 def test_the_module_has_one_copy() -> None:
     """By whatever name the middleware is imported in a clone, it is the same module."""
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_COPY],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python("-c", ONE_COPY)
     assert done.stdout == "True True\n"
