@@ -1,4 +1,4 @@
-"""One SQLAlchemy session per WSGI request, and a 2xx that can be trusted.
+"""One SQLAlchemy session per WSGI request, and a 2xx you can trust.
 
 Wrap an application and write no commit, rollback or close in it again::
 
@@ -8,8 +8,8 @@ Wrap an application and write no commit, rollback or close in it again::
     Session = scoped_session(sessionmaker(engine))
     application = SessionMiddleware(app, Session)
 
-Each request gets a new session: ``Session()`` returns it, to all code of the request, and
-``environ["sessionscope.session"]`` holds it.  What becomes of its work:
+Each request gets a new session.  ``Session()`` returns it to all code of the request, and
+``environ["sessionscope.session"]`` holds it.
 
 =============================================  =====================================
 the application                                the session
@@ -19,19 +19,18 @@ returns any other status, or raises            ROLLBACK
 swallowed an error that undid its transaction  ROLLBACK, raises `TransactionDoomed`
 closed a session that held work                ROLLBACK, raises `TransactionDoomed`
 lost the connection during COMMIT              raises `CommitOutcomeUnknown`
-streams, and the client hangs up               ROLLBACK
+streams, and the client disconnects            ROLLBACK
 never used the session                         no statement, no connection
 =============================================  =====================================
 
-A complete successful response exists only if COMMIT returned.  A list is settled before its
-head is sent.  A stream of known length keeps back the chunk that completes it; one of unknown
-length commits before it ends.  So a COMMIT that fails shows as a 500 while nothing has been
-sent, and otherwise as a response that the client can see is cut.
+A complete successful response means that COMMIT returned.  A list body is committed before any
+headers are sent.  A stream with a Content-Length holds back its last chunk until COMMIT returns;
+one of unknown length commits before it ends.  If COMMIT fails, the client gets a 500 or, if a
+part was sent already, a response that is visibly cut.
 
-What happens to a request, in order: `SessionMiddleware.__call__` here, then
-`sessionscope.attempt.Attempt.respond`.  The application's side is in
-`sessionscope.application`, the server's in `sessionscope.response`, and the session's in
-`sessionscope.unit_of_work`.
+To follow a request through the code, begin at `SessionMiddleware.__call__` and go on to
+`sessionscope.attempt.Attempt.respond`.  The application is called in `sessionscope.application`,
+the response is in `sessionscope.response`, and the session in `sessionscope.unit_of_work`.
 """
 
 from __future__ import annotations
@@ -72,13 +71,15 @@ __all__ = [
 ]
 
 RETRY_PAUSE = 0.01
-"""Half the seconds that a second attempt waits at most; each later one up to twice as long."""
+"""Half of the longest pause before the first retry, in seconds; it doubles with each retry."""
 
 
 def commit_on_success(environ: WSGIEnvironment, status: str, headers: Headers) -> bool:
-    """Tell whether *status* is 2xx or 3xx: the default for *commit_when*.
+    """Return whether *status* is 2xx or 3xx; the default for *commit_when*.
 
-    A pure function.  It is False, never an error, for a status that it cannot read.
+    :param environ: not used.
+    :param status: the status line.  False is returned for one that cannot be parsed.
+    :param headers: not used.
     """
     return is_success(status)
 
@@ -89,26 +90,26 @@ class SessionMiddleware:
     :param app: the WSGI application to wrap.
     :param registry: the ``scoped_session`` through which *app* finds its session.
     :param commit_when: called with ``(environ, status, headers)`` when the outcome is
-        decided; true if the work is to be committed.  A pure function.  If it raises, the
-        work is rolled back and the server gets its exception.
-    :param attempts: how often a request may be tried when the database says "try again": a
-        serialization failure, a deadlock, a lock that is busy, a stale row, a connection found
-        dead.  A new attempt starts from the beginning, with the environ and the body as they
-        were; what the application did elsewhere (mail, HTTP, another engine) is done again,
-        unless `on_commit` does it.  Nothing is repeated once a byte was sent, or anything was
-        committed, or may have been.
-    :param reader: an Engine that the sessions of safe methods (GET, HEAD, OPTIONS, TRACE; RFC
-        9110, 9.2.1) are bound to: a replica, or a read-only view of the same file.  It becomes
-        the session's ``bind``, so ``binds=`` and ``get_bind()`` of a subclass go first; a
+        decided; true commits.  It should have no side effects.  If it raises, the work is
+        rolled back and the server gets the exception.
+    :param attempts: how often the application may be called for one request, if the database
+        reports a serialization failure, a deadlock, a busy lock, a stale row or a dead
+        connection.  A retry starts from the beginning, with the original environ and body.
+        Side effects elsewhere (mail, HTTP, another engine) happen once per attempt, unless
+        `on_commit` does them.  A request is not retried if a byte has been sent, or if
+        anything has been committed or may have been.
+    :param reader: an Engine for safe methods (GET, HEAD, OPTIONS, TRACE; RFC 9110, 9.2.1): a
+        replica, or a read-only engine for the same SQLite file.  It becomes the ``bind`` of
+        their sessions, so ``binds=`` and the ``get_bind()`` of a subclass take precedence; a
         registry bound to a Connection ignores it.
-    :param confirm: on PostgreSQL 13 or newer, ask what became of a COMMIT whose answer was
-        lost.  It costs one statement before each COMMIT.  What is known to be committed is
-        then a success, what is known to be aborted an ordinary failure; all else stays
-        `CommitOutcomeUnknown`.  Other databases cannot be asked.
-    :param observer: called once per request with its `Outcome`, when the session is closed.
-        If it raises, that is logged and changes nothing.
-    :raises TypeError: for an argument of another type.
-    :raises ValueError: for *attempts* below 1.
+    :param confirm: query PostgreSQL 13 or newer for the outcome of a COMMIT whose reply was
+        lost.  It costs one statement before each COMMIT.  A transaction that turns out to be
+        committed is a success, an aborted one an ordinary failure; if neither is certain,
+        `CommitOutcomeUnknown` is raised.  Other databases have no such query.
+    :param observer: called once per request with its `Outcome`, after the session has been
+        closed.  If it raises, the exception is logged.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if *attempts* is below 1.
     """
 
     def __init__(
@@ -156,18 +157,18 @@ class SessionMiddleware:
             body = attempt.respond()
             if body is not None:
                 return body
-            # Full jitter: rivals must not meet again.
+            # Full jitter, so that requests that conflicted do not start together again.
             sleep(random.uniform(0, RETRY_PAUSE * 2 ** min(number, 5)))
             replay.rewind()
             number += 1
 
     def should_retry(self, attempt: Attempt, error: BaseException | None) -> bool:
-        """Tell whether the request may succeed when it is tried again, and may be tried.
+        """Return whether the request is to be retried.
 
-        A framework may have turned the database's error into a page, or the application
-        swallowed it, so the unit of work is asked what it has seen.
+        A framework may have turned the database's error into a page, or the application may
+        have swallowed it, so the unit of work knows the error rather than *error*.
 
-        :param error: what the attempt raised; None if it made a response.
+        :param error: what the attempt raised; None if it returned a response.
         """
         head, replay = attempt.head, attempt.replay
         if replay is None or attempt.number == self.attempts:

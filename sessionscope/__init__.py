@@ -1,4 +1,4 @@
-"""One SQLAlchemy session per WSGI request, and a 2xx that can be trusted.
+"""One SQLAlchemy session per WSGI request, and a 2xx you can trust.
 
 Everything public is imported from here::
 

@@ -1,4 +1,4 @@
-"""The application: one call of it, with us in the place of the server (PEP 3333)."""
+"""One call of the application, in place of the server (PEP 3333)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """One call of an application: its head, which is kept back, and its iterable.
+    """One call of an application: its head (status and headers), held back, and its iterable.
 
-    :param method: the request's method, which the application may change in the environ.
-    :param start_response: the server's.
+    :param method: the request's method; the application may change the environ.
+    :param start_response: that of the server.
     :param on_start: called when the application has called ``start_response``.
     """
 
@@ -41,12 +41,12 @@ class Call:
         self.server_start_response: Callable[..., Any] = start_response
         self.on_start = on_start
         self.written: list[Any] = []
-        """What was given to ``write()``, to go in front of the body."""
+        """The chunks that were passed to ``write()``, which precede the body."""
         self.ahead: list[Any] = []
-        """Chunks that are there already."""
+        """Chunks to be returned before the next of the iterator."""
 
     def begin(self, app: WSGIApplication) -> Any:
-        """Call *app*; return its body if that needs none of its code any more, else None."""
+        """Call *app*; return its body if iterating over it runs none of its code, else None."""
         body: Any = app(self.environ, self.start_response)
         self.iterable = body
         if self.written and type(body) in (list, tuple):
@@ -60,9 +60,11 @@ class Call:
     def start_response(
         self, status: str, headers: Headers, exc_info: Any = None
     ) -> Callable[[bytes], object]:
-        """Keep the head (PEP 3333, "The start_response() Callable").
+        """Hold back the head (PEP 3333, "The start_response() Callable").
 
-        One that replaces another also replaces what was kept of that one's body.
+        A head that replaces another also discards the body so far.
+
+        :raises AssertionError: for a second call without *exc_info*.
         """
         if exc_info is not None:
             if self.head is not None and self.head.sent:
@@ -75,7 +77,7 @@ class Call:
         return self.written.append
 
     def next(self) -> Any:
-        """Run the application for its next chunk; END when there is none."""
+        """Run the application for its next chunk; `END` if there is none."""
         try:
             chunk = next(self.iterator, END)
         except BaseException:
@@ -85,7 +87,7 @@ class Call:
         return chunk
 
     def put_written_before(self, chunk: Any) -> Any:
-        """Return the chunk that comes first, since ``write()`` was called before *chunk*."""
+        """Return the first chunk passed to ``write()``; the others and *chunk* come after it."""
         first, *self.ahead = [*self._take_written(), chunk]
         return first
 
@@ -95,32 +97,32 @@ class Call:
         return taken
 
     def status_and_headers(self) -> tuple[str, Headers] | None:
-        """Return a copy of the head; None if there is none."""
+        """Return a copy of status and headers; None if there are none yet."""
         head = self.head
         if head is None:
             return None
         return head.status, list(head.headers) if isinstance(head.headers, Iterable) else []
 
     def send_head(self) -> None:
-        """Give the head to the server; it says itself what it thinks if there is none."""
+        """Pass the head to the server, once; if there is none, the server raises."""
         if self.head is not None and not self.head.sent:
             self.head.send(self.server_start_response)
 
     def replace_head(self) -> None:
-        """Take back a head that the server got: uWSGI sends even one that it has refused."""
+        """Replace a head that the server has: uWSGI sends even one that it has rejected."""
         if self.head is not None and self.head.sent:
             headers = [("Content-Length", "0")]
             with suppress(Exception):
                 self.server_start_response("500 Internal Server Error", headers, sys.exc_info())
 
     def close(self) -> None:
-        """Close the iterable, and not its iterator (PEP 3333)."""
+        """Close the iterable, not its iterator (PEP 3333)."""
         close = getattr(self.iterable, "close", None)
         if close is not None:
             close()
 
     def forget(self) -> None:
-        """Let go of what leads back to here: a traceback, and a server that holds the body."""
+        """Drop references, so that a traceback or a server that keeps the body frees the rest."""
         self.iterable, self.iterator = None, iter(())
         self.server_start_response = _nobody
         self.on_start = _nobody
@@ -129,4 +131,4 @@ class Call:
 
 
 def _nobody(*_head: object) -> None:
-    """Stand for a server that has its response."""
+    """Replace the server's ``start_response`` when the response is over."""

@@ -1,8 +1,8 @@
-"""One attempt at a request: what `SessionMiddleware` does with one call of the application.
+"""One attempt at a request: one call of the application, with a session.
 
-`Attempt.respond` calls the application and ends the session's work once, by `Attempt.settle`
-or by `Attempt.roll_back`.  If the response is streamed, that happens when the server asks for
-the last chunk, and `Attempt.finish` follows when it closes the body.
+`Attempt.respond` calls the application and ends the transaction once, by `Attempt.settle` or
+`Attempt.roll_back`.  If the response is streamed, that happens when the server requests the last
+chunk, and `Attempt.finish` follows when the server closes the body.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ if TYPE_CHECKING:
 SESSION_KEY = "sessionscope.session"
 
 LONG_TRANSACTION = 60.0
-"""Seconds that a stream may keep its transaction open before the log says so."""
+"""Seconds for which a stream may keep its transaction open without a warning."""
 
-LATE_WORK = "work done in close(), after the end of the response, is rolled back"
+LATE_WORK = (
+    "work done in close(), after the end of the response, is rolled back: do it before the body "
+    "ends, or in an on_commit callback"
+)
 
 
 class Attempt:
-    """One call of the application, the session for it, and the decision about both.
+    """One call of the application, its session, and the decision to commit or roll back.
 
-    :param number: how many attempts this makes.
-    :param began: when the first of them began, in seconds of a monotonic clock.
+    :param replay: rewinds the request for a retry; None if there are no retries.
+    :param number: 1 for the first attempt, which *began* at that second of a monotonic clock.
     """
 
     error: BaseException | None = None
-    """What the log and the observer are to hear of."""
+    """The exception to report to the log and the observer."""
     settled = False
     """The session's work has been committed or rolled back."""
     returned = False
@@ -81,7 +84,7 @@ class Attempt:
         return self.call.head
 
     def respond(self) -> Iterable[bytes] | None:
-        """Call the application; return what the server may send, or None to try again."""
+        """Call the application; return the body for the server, or None to retry."""
         try:
             body = self.call_app()
             if self.middleware.should_retry(self, None):
@@ -105,7 +108,7 @@ class Attempt:
             raise
 
     def call_app(self) -> Any:
-        """Call the application, and settle what needs none of its code any more."""
+        """Call the application; return its body, settled unless it is streamed."""
         with self.position:
             try:
                 body = self.call.begin(self.middleware.app)
@@ -120,7 +123,7 @@ class Attempt:
         return stream
 
     def pull(self) -> Any:
-        """Return the next chunk; END when the application has ended and is settled."""
+        """Return the next chunk; END when the body is exhausted and the transaction over."""
         call = self.call
         if call.ahead:
             return call.ahead.pop(0)
@@ -153,7 +156,7 @@ class Attempt:
         return chunk
 
     def settle(self) -> None:
-        """End the transaction as the response wants it: COMMIT or ROLLBACK."""
+        """End the transaction as *commit_when* decides: by COMMIT or ROLLBACK."""
         head, given = self.head, self.call.status_and_headers()
         try:
             commit_when = self.middleware.commit_when
@@ -176,24 +179,23 @@ class Attempt:
             raise
 
     def roll_back(self, error: BaseException | None) -> None:
-        """End the transaction because of *error*, of the status, or of a client that left."""
+        """Roll back because of *error*, of the status, or of a client that disconnected."""
         if not self.settled:
             self.settled, self.error = True, error
             self.context.run(self.unit.rollback, error)
 
     def discard_response(self, error: BaseException | None, quietly: bool = True) -> None:
-        """Finish a response that the server does not get, and so does not close."""
+        """Finish a response that the server does not get; *quietly*, without an outcome."""
         self.reported = quietly
         try:
             self.finish(error)
         except Exception:
-            log.exception("close() failed")
+            log.exception("close() of the response body failed")
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Close the application's iterable, once, and let go of the session.
+        """Close the application's iterable, once, and release the session.
 
-        Before the end of the response it rolls back, because of *error* or of a client that
-        hung up.
+        Unless the transaction is over, roll back because of *error* or of a client's disconnect.
         """
         if self.finished:
             return
@@ -216,7 +218,7 @@ class Attempt:
             self.call.forget()
 
     def release(self) -> None:
-        """Close the session, which takes it off stage; may be called twice."""
+        """Close the session, which deactivates it; may be called twice."""
         try:
             self.context.run(self.unit.close)
         finally:
@@ -227,7 +229,7 @@ class Attempt:
             self.name.warn_of_long_transaction(LONG_TRANSACTION)
 
     def report(self) -> None:
-        """Tell the log and the observer, once, what became of the request."""
+        """Report the outcome of the request to the log and the observer, once."""
         if self.reported or not self.settled:
             return
         self.reported, observer = True, self.middleware.observer

@@ -1,4 +1,4 @@
-"""`on_commit`: what runs once, after the COMMIT that makes a session's work durable."""
+"""`on_commit`: functions that run once, after the COMMIT that makes a session's work durable."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def on_commit(session: Session | Registry, callback: Callback) -> None:
     Callbacks run in the order in which they were registered, after the next COMMIT of
     *session* and before the response is complete.  A rollback drops them; a rollback to a
     savepoint drops those registered since the savepoint was taken.  They run in the
-    application's context, without its session: what they open through the registry is
-    theirs, and closed after them, so they commit what they write.  One that raises is logged
-    and spoils neither the response nor the others.
+    application's context, but without its session: a session that a callback gets from the
+    registry is a new one, closed when all callbacks have run, so a callback commits what it
+    writes.  If a callback raises, the exception is logged; neither the response nor the other
+    callbacks are affected.
 
     :param session: a Session, or the registry that holds it.
     :param callback: called without arguments.
-    :raises RuntimeError: if neither a SessionMiddleware nor a session_scope runs *session*.
+    :raises RuntimeError: if neither a SessionMiddleware nor a session_scope manages *session*.
     """
     add = None
     if isinstance(session, scoped_session):
@@ -49,13 +50,13 @@ def on_commit(session: Session | Registry, callback: Callback) -> None:
     if add is None:
         raise RuntimeError(
             f"on_commit: {session!r} has no session that a SessionMiddleware or a session_scope "
-            "runs, so nothing would ever call the callback"
+            "manages, so nothing would ever call the callback; open a session_scope around this"
         )
     add(callback)
 
 
 class Waiting:
-    """A callback, and the savepoints that its registration depends on."""
+    """A registered callback, and the savepoints that its registration depends on."""
 
     def __init__(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
         self.callback = callback
@@ -66,7 +67,7 @@ class Waiting:
         self.connections: list[Connection] = []
 
     def watch(self, connection: Connection) -> None:
-        """Hear of savepoints that are taken on the Connection itself.
+        """Notice savepoints of the Connection, which have no event of the Session.
 
         A rollback to one that is older than the registration drops the callback.
         """
@@ -92,7 +93,7 @@ class Waiting:
 
 
 class Callbacks:
-    """What waits for the COMMIT of one session."""
+    """The callbacks that wait for the COMMIT of one session."""
 
     def __init__(self) -> None:
         self.waiting: list[Waiting] = []
@@ -107,24 +108,24 @@ class Callbacks:
                 waiting.watch(participant.connection)
 
     def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
-        """Those of a savepoint become those of what it was taken in."""
+        """Assign the callbacks of a released savepoint to the transaction around it."""
         for waiting in self.waiting:
             if waiting.savepoint is savepoint:
                 waiting.savepoint = savepoint.parent
 
     def on_savepoint_ended(self, savepoint: SessionTransaction) -> None:
-        """Those added since a savepoint that was not released are gone with it."""
+        """Drop the callbacks registered since *savepoint*, unless it was released before."""
         self._drop(lambda waiting: _within(waiting.savepoint, savepoint))
 
     def clear(self) -> None:
-        """Drop all, because of a rollback."""
+        """Drop all callbacks, because of a rollback."""
         self._drop(lambda waiting: True)
 
     def close(self) -> None:
-        """Drop what still waits at the end, and say so."""
+        """Drop the callbacks that are still waiting, with a warning for each."""
         for waiting in self.waiting:
             log.warning(
-                "on_commit callback %r was dropped: no COMMIT followed",
+                "on_commit callback %r was dropped: no COMMIT followed its registration",
                 waiting.callback,
             )
         self.clear()
@@ -136,11 +137,15 @@ class Callbacks:
             waiting.release()
 
     def due(self, committed: bool) -> list[Waiting]:
-        """Return those whose time has come; those that callbacks added wait for a COMMIT."""
+        """Return the callbacks to run.
+
+        :param committed: whether there was a COMMIT.  Callbacks that were registered by
+            callbacks wait for one.
+        """
         return [waiting for waiting in self.waiting if committed or not waiting.added_by_callback]
 
     def run(self, due: list[Waiting], stage: StagedRegistry, factory: Callable[[], Any]) -> None:
-        """Call those of *due* that no rollback has dropped."""
+        """Call the callbacks in *due* that no rollback has dropped."""
         self.waiting = [waiting for waiting in self.waiting if waiting not in due]
         self.running = True
         try:

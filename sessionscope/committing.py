@@ -1,8 +1,8 @@
-"""COMMIT, the checks before it, and what is said of one that failed.
+"""COMMIT, the checks before it, and the exceptions for one that failed.
 
-A COMMIT that returns is not yet a commit: after an error that was swallowed PostgreSQL answers
-it with a silent ROLLBACK, MariaDB keeps what came after the error, and SQLite nothing.  And one
-that raises has not always failed: its answer may have been lost.
+COMMIT may return although the work is lost: after an error that was swallowed, PostgreSQL
+replies with a silent ROLLBACK, MariaDB keeps what came after the error, and SQLite nothing.  And
+COMMIT may raise although it took effect, if the reply was lost.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 
 class CommittingSession(StagedSession):
-    """A session whose COMMIT is checked, also one that the application sends itself.
+    """A session whose COMMIT is checked, also if the application commits.
 
-    :param confirm: ask PostgreSQL about a COMMIT whose answer was lost.
+    :param confirm: query PostgreSQL for the outcome of a COMMIT whose reply was lost.
 
-    The others are those of `StagedSession`.
+    The other parameters are those of `StagedSession`.
     """
 
     durable = False
-    """Something may be durable, so the request must not be repeated."""
+    """Something may be durable, so the request must not be retried."""
     counted: Transaction | None = None
-    """The one that was committed or rolled back because of the response."""
+    """The transaction that was committed or rolled back because of the response."""
     committed: Transaction | None = None
-    """The last that the application committed itself."""
+    """The last transaction that the application committed itself."""
     doubt: Transaction | None = None
-    """An earlier one whose COMMIT nobody knows about."""
+    """An earlier transaction whose COMMIT has an unknown outcome."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class CommittingSession(StagedSession):
         self.ending = True
         self.counted = transaction = self.transaction
         if self.has_failed():
-            raise swallowed("an error of the database was swallowed") from transaction.error
+            raise swallowed("a database error was swallowed") from transaction.error
         try:
             self.session.commit()
         except BaseException as error:
@@ -66,13 +66,14 @@ class CommittingSession(StagedSession):
         self.settle_doubt()
         if transaction.state is not State.COMMITTED:
             raise TransactionDoomed(
-                "Session.commit() returned, but nothing was committed"
+                "Session.commit() returned, but nothing was committed: a commit() that overrides "
+                "it must call super().commit()"
             ) from transaction.error
 
     def is_committed_after(self, transaction: Transaction, error: BaseException) -> bool:
-        """Tell whether the database says that a COMMIT that raised *error* was done.
+        """Return whether the work is durable although COMMIT raised *error*.
 
-        :raises CommitOutcomeUnknown: if nobody knows.
+        :raises CommitOutcomeUnknown: if that cannot be found out.
         """
         if isinstance(error, TransactionDoomed):
             return False
@@ -86,16 +87,16 @@ class CommittingSession(StagedSession):
         return False
 
     def in_doubt(self) -> Transaction | None:
-        """Return the transaction of which nobody knows yet what became of its COMMIT."""
+        """Return the transaction whose COMMIT has an unknown outcome so far, or None."""
         if self.doubt is not None and self.doubt.state is State.IN_DOUBT:
             return self.doubt
         return self.transaction if self.transaction.state is State.IN_DOUBT else None
 
     def settle_doubt(self, error: BaseException | None = None) -> None:
-        """Find out what became of a COMMIT whose answer was lost, the application's own, too.
+        """Find out the outcome of a COMMIT whose reply was lost, also of the application's.
 
-        :raises TransactionDoomed: if it was not done; *error* instead, if that is given.
-        :raises CommitOutcomeUnknown: if nobody knows.
+        :raises TransactionDoomed: if it was aborted; *error* instead, if that is given.
+        :raises CommitOutcomeUnknown: if that cannot be found out.
         """
         transaction = self.in_doubt()
         if transaction is None:
@@ -103,19 +104,23 @@ class CommittingSession(StagedSession):
         self.resolve(transaction, ask=True)
         if transaction.state is State.IN_DOUBT:
             raise CommitOutcomeUnknown(
-                "COMMIT was sent, but whether it took effect is not known"
+                "COMMIT was sent, but its outcome is unknown: the work may be stored or not, so "
+                "check before you repeat it"
             ) from (transaction.error or error)
         if transaction.state is not State.COMMITTED:
             raise error or swallowed("COMMIT failed") from transaction.error
 
     def resolve(self, transaction: Transaction, ask: bool) -> None:
-        """Ask the database, if that is possible, what became of COMMIT, and end *transaction*."""
+        """Query the database for the outcome of COMMIT, if possible, and end *transaction*.
+
+        :param ask: False to send no query.
+        """
         if ask and transaction.evidence is not None:
             for participant in transaction.participants:
                 participant.connection.invalidate()  # which leaves room in the pool to ask
             factory = self.registry.session_factory
             verdict = run_aside(self.stage, factory, transaction.evidence.verdict)
-            log.warning("the answer to COMMIT was lost; PostgreSQL says: %s", verdict)
+            log.warning("the reply to COMMIT was lost; PostgreSQL says: %s", verdict)
             if verdict != "unknown":
                 transaction.resolve_doubt(verdict == "committed")
         if transaction is self.transaction:
@@ -140,8 +145,8 @@ class CommittingSession(StagedSession):
         self.durable = True
         transaction = self.transaction
         if any(participant.aborted for participant in transaction.participants):
-            transaction.on_commit_hook_error()  # no other hook shall hear of a commit
-            raise swallowed("a hook of COMMIT failed") from transaction.error
+            transaction.on_commit_hook_error()  # no other hook must be told of a commit
+            raise swallowed("a commit hook swallowed a database error") from transaction.error
         super().on_commit()
         if transaction.has_begun() and not self.ending:
             self.committed = transaction
@@ -155,7 +160,7 @@ class CommittingSession(StagedSession):
         super().on_create()
 
     def action(self) -> Action:
-        """Return what became of the work: of the last transaction that had a connection."""
+        """Return the outcome of the last transaction that had a connection."""
         if self.doubt is not None and self.doubt.state is State.IN_DOUBT:
             return "unknown"
         transaction = self.counted or self.transaction

@@ -1,4 +1,4 @@
-"""Asking PostgreSQL what became of a COMMIT whose answer was lost.
+"""Query PostgreSQL for the outcome of a COMMIT whose reply was lost.
 
 https://www.postgresql.org/docs/current/functions-info.html, "Transaction ID and Snapshot
 Information Functions".
@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, String, column, text
 from sqlalchemy.exc import SQLAlchemyError
 
 PATIENCE = 5.0
-"""Seconds for which PostgreSQL is asked again, while it says that the transaction still runs."""
+"""Seconds for which the query is repeated while PostgreSQL reports the transaction as running."""
 
 # The timeline of pg_control_checkpoint() is that of the last checkpoint, and so not yet the
 # current one for a while after a promotion.
@@ -23,7 +23,7 @@ _HISTORY = """
     CAST((pg_control_checkpoint()).checkpoint_lsn AS text),
     CASE WHEN NOT pg_is_in_recovery()
          THEN left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END"""
-# Columns that are named need not be looked up in each result.
+# Named columns need not be looked up in each result.
 _EVIDENCE = text(f"SELECT CAST(pg_current_xact_id_if_assigned() AS text), {_HISTORY}").columns(
     column("xact_id", String), column("checkpoint", String), column("timeline", String)
 )
@@ -34,7 +34,7 @@ Verdict = Literal["committed", "aborted", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a transaction leaves behind for the question."""
+    """The state of a transaction and its server just before COMMIT."""
 
     engine: Engine
     transaction: str | None
@@ -45,16 +45,16 @@ class Evidence:
 
     @classmethod
     def take(cls, connection: Connection) -> Evidence | None:
-        """Take the evidence, just before COMMIT; None where nobody can be asked.
+        """Query the evidence just before COMMIT; return None if the database is no PostgreSQL.
 
-        :param connection: the only one that is committed, and not in AUTOCOMMIT.
+        :param connection: the only connection of the transaction, and not in AUTOCOMMIT.
         """
         if connection.dialect.name != "postgresql" or connection.in_nested_transaction():
             return None
         return cls(connection.engine, *connection.execute(_EVIDENCE).one())
 
     def verdict(self) -> Verdict:
-        """Ask on a fresh connection until the answer is final, for `PATIENCE` at most."""
+        """Query on a new connection until the result is final, for at most `PATIENCE` seconds."""
         if self.transaction is None:
             return "unknown"
         deadline = monotonic() + PATIENCE

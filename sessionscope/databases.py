@@ -1,8 +1,8 @@
-"""What drivers and databases say with their errors, and what the drivers know.
+"""The meaning of the errors of drivers and databases, and the state of a driver's connection.
 
-Every function here takes what a driver raised or has, and answers one question about it.
-The facts were observed on real servers; the documentation of each database is cited where
-it says the same.
+Every function here takes an exception or a connection of a driver, and returns one fact about it.
+The facts were observed on real servers; the documentation of each database is cited if it
+confirms them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ Code = str | int
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """What the error codes of one database mean; each pattern is matched against a whole code."""
+    """The meaning of a database's error codes; each pattern is matched against a whole code."""
 
     transient: re.Pattern[str]
-    """The same request may succeed when it is tried again."""
+    """The same request may succeed if it is retried."""
     aborts: re.Pattern[str]
-    """The database answers by undoing the whole transaction, or may do so."""
+    """The database rolls back the whole transaction, or may do so."""
     in_doubt: re.Pattern[str]
-    """Raised by COMMIT, it says nothing about whether COMMIT took effect."""
+    """Raised by COMMIT, it leaves open whether COMMIT took effect."""
     unavailable: re.Pattern[str]
-    """The database cannot serve now, but may be able to a little later."""
+    """The database is not available now, but may be a little later."""
 
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html.  Every error aborts the
-# transaction there, and `is_aborted` asks for that.
+# transaction there, and `is_aborted` checks for that.
 POSTGRESQL = Errors(
     transient=re.compile("40001|40P01"),  # serialization failure, deadlock
     aborts=re.compile("$^"),
@@ -102,9 +102,9 @@ def _errors_with(code: Code) -> Errors:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Tell whether the same request may succeed when it is tried again.
+    """Return whether the same request may succeed if it is retried.
 
-    A connection that was found dead counts; COMMIT was not sent on it.
+    A connection that was found dead counts, because COMMIT was not sent on it.
     """
     if isinstance(error, StaleDataError):
         return True
@@ -117,7 +117,7 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def leaves_commit_unknown(error: BaseException | None) -> bool:
-    """Tell whether COMMIT may have taken effect although it raised *error*."""
+    """Return whether COMMIT may have taken effect although it raised *error*."""
     if not isinstance(error, DBAPIError) or error.connection_invalidated:
         return True
     code = error_code(error)
@@ -127,9 +127,9 @@ def leaves_commit_unknown(error: BaseException | None) -> bool:
 
 
 def is_unavailable(error: BaseException) -> bool:
-    """Tell whether *error* says that the database cannot serve now, but may a little later.
+    """Return whether the database is not available now, but may be a little later.
 
-    It is down or starting, has no connection to spare, is locked, or met one conflict after
+    It is down or starting, has no free connection, is locked, or reported one conflict after
     another.
     """
     if isinstance(error, TimeoutError):
@@ -137,7 +137,7 @@ def is_unavailable(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     code = error_code(error)
-    if code is None:  # psycopg: no server has answered
+    if code is None:  # psycopg: no server has replied
         return error.connection_invalidated or isinstance(error, OperationalError)
     return _errors_with(code).unavailable.fullmatch(str(code)) is not None
 
@@ -146,12 +146,12 @@ _COMMIT_PREPARED = re.compile(r"\s*(COMMIT PREPARED|XA COMMIT)", re.IGNORECASE)
 
 
 def is_of_transaction(context: ExceptionContext) -> bool:
-    """Tell whether BEGIN, COMMIT or ROLLBACK of the driver failed, and no statement or fetch."""
+    """Return whether BEGIN, COMMIT or ROLLBACK of the driver failed, and no statement or fetch."""
     return context.statement is None and context.execution_context is None
 
 
 def is_of_commit(context: ExceptionContext) -> bool:
-    """Tell whether an error, raised while COMMIT is under way, is COMMIT's own.
+    """Return whether an error, raised while COMMIT is under way, is COMMIT's own.
 
     SQLAlchemy reports one of PREPARE or COMMIT PREPARED twice, with its statement first.
     """
@@ -166,7 +166,7 @@ def driver_connection(connection: Connection) -> Any:
 
 
 def is_autocommit(connection: Connection) -> bool:
-    """Tell whether the driver commits each statement by itself; not for SQLite."""
+    """Return whether the driver commits each statement by itself; False for SQLite."""
     try:
         return connection.dialect.detect_autocommit_setting(driver_connection(connection))
     except NotImplementedError:
@@ -174,9 +174,9 @@ def is_autocommit(connection: Connection) -> bool:
 
 
 def is_in_transaction(driver: Any, unknown: bool) -> bool:
-    """Tell whether the driver knows of an open transaction.
+    """Return whether the driver has an open transaction.
 
-    :param unknown: what is returned for a driver that does not know.
+    :param unknown: returned for a driver that does not know.
     """
     if isinstance(driver, sqlite3.Connection):
         return driver.in_transaction
@@ -188,32 +188,32 @@ def is_in_transaction(driver: Any, unknown: bool) -> bool:
 
 
 def aborts_transaction(connection: Connection, error: BaseException, had_work: bool) -> bool:
-    """Tell whether the database answered *error* by undoing the whole transaction.
+    """Return whether the database rolled back the whole transaction because of *error*.
 
-    :param had_work: on SQLite, that there was a transaction that could be undone.
+    :param had_work: on SQLite, whether there was a transaction that could be rolled back.
     """
     code = error_code(error)
     if code is None or not _errors_with(code).aborts.fullmatch(str(code)):
         return False
-    if isinstance(code, str):  # SQLite may undo the statement alone, and the driver knows
+    if isinstance(code, str):  # SQLite may undo only the statement; the driver knows
         return had_work and not driver_connection(connection).in_transaction
     return code != 1205 or _aborts_on_timeout(connection)
 
 
 def _aborts_on_timeout(connection: Connection) -> bool:
-    """Ask MariaDB what a lock timeout undoes: the statement, or the transaction."""
+    """Query MariaDB for what a lock timeout undoes: the statement, or the transaction."""
     try:
         with driver_connection(connection).cursor() as cursor:
             cursor.execute("SELECT @@innodb_rollback_on_timeout")
             return bool(cursor.fetchone()[0])
     except connection.dialect.loaded_dbapi.Error:
-        return True  # a node outside its cluster's majority, say, does not answer
+        return True  # a node outside its cluster's majority, for instance, does not reply
 
 
 def is_aborted(connection: Connection, error: BaseException | None) -> bool:
-    """Tell whether PostgreSQL would answer COMMIT with a silent ROLLBACK.
+    """Return whether PostgreSQL would reply to COMMIT with a silent ROLLBACK.
 
-    :param error: what failed in the transaction on this connection, if anything did.
+    :param error: the first error of the transaction on this connection, or None.
     """
     if connection.dialect.name != "postgresql":
         return False
@@ -226,16 +226,16 @@ def is_aborted(connection: Connection, error: BaseException | None) -> bool:
     if status is not None:
         return bool(status == 0)  # PQTRANS_IDLE after an error: it was committed as text
     try:
-        connection.execute(select(1))  # pg8000 does not know: ask the server
+        connection.execute(select(1))  # pg8000 does not know: query the server
     except DBAPIError:
         return True
     return False
 
 
 def begin_sqlite(connection: Connection) -> None:
-    """Send the BEGIN that SQLite's driver leaves out, so that RELEASE is no COMMIT.
+    """Send the BEGIN that SQLite's driver leaves out, so that RELEASE does not commit.
 
-    https://www.sqlite.org/lang_savepoint.html.  In AUTOCOMMIT the driver shall send none.
+    https://www.sqlite.org/lang_savepoint.html.  In AUTOCOMMIT there must be none.
     """
     driver = driver_connection(connection)
     if not driver.in_transaction and driver.isolation_level is not None:
@@ -257,16 +257,16 @@ _COMMITS = re.compile(r"\bCOMMIT\b|^\s*END\b", re.IGNORECASE)
 
 
 def is_read(statement: str) -> bool:
-    """Tell whether *statement* begins as one that only reads."""
+    """Return whether the first word of *statement* is that of one that only reads."""
     return _first_word(statement) in _READS
 
 
 def may_have_committed(connection: Connection, statement: str, had_work: bool) -> bool:
-    """Tell whether *statement*, which went well, may have made the transaction durable.
+    """Return whether *statement*, which succeeded, may have made the transaction durable.
 
     COMMIT as text does, DDL on MariaDB, or a RELEASE of SQLite's outermost savepoint.
 
-    :param had_work: on SQLite, that there was a transaction to commit.
+    :param had_work: on SQLite, whether there was a transaction to commit.
     """
     if _COMMITS.search(statement):
         return True

@@ -1,8 +1,8 @@
-"""Engines that keep the middleware's promises on each database.
+"""Engines with the settings that the middleware needs on each database.
 
-`make_engine` turns a URL into an Engine whose transactions are real ones; `make_reader` gives
-the second, read-only engine that ``SessionMiddleware(reader=...)`` binds safe requests to.
-Both survive a fork: a child process opens connections of its own.
+`make_engine` creates an Engine whose transactions are isolated and durable.  `make_reader`
+creates a second, read-only Engine for ``SessionMiddleware(reader=...)``.  Both survive a fork: a
+child process opens its own connections.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from sqlalchemy.pool import QueuePool
 __all__ = ["make_engine", "make_reader"]
 
 BUSY_TIMEOUT = 10.0
-"""Seconds that a SQLite connection waits for another process to finish its transaction."""
+"""Seconds for which a SQLite connection waits for another process's transaction to end."""
 
 POOL_TIMEOUT = 10.0
-"""Seconds that a request waits for a connection when all are in use."""
+"""Seconds for which a request waits for a connection if all are in use."""
 
 DRIVERS = {
     "postgresql": "postgresql+psycopg",
     "mysql": "mysql+pymysql",
     "mariadb": "mariadb+pymysql",
 }
-"""What a URL that names no driver means."""
+"""The driver for a URL that names none."""
 
-# Seconds, but for the last.  A server that is gone without a word must not keep a thread of
-# ours for ever.  https://www.postgresql.org/docs/current/libpq-connect.html,
+# In seconds, except `tcp_user_timeout`.  A server that has vanished must not block a thread for
+# ever.  https://www.postgresql.org/docs/current/libpq-connect.html,
 # https://pymysql.readthedocs.io/en/latest/modules/connections.html
 _LIVENESS: dict[str, dict[str, int]] = {
     "psycopg": {
@@ -49,9 +49,9 @@ _LIVENESS: dict[str, dict[str, int]] = {
     "mariadbconnector": {"connect_timeout": 5, "read_timeout": 20, "write_timeout": 20},
 }
 
-# What each session of a server is told, where the server knows the variable: refuse a lost
-# update (error 1020); read, change and refer to on one Galera node what was written on
-# another; give up a lock before `read_timeout` gives up the connection.
+# Set for each connection, if the server knows the variable: refuse a lost update (error 1020);
+# read, change and reference on one Galera node what was written on another; stop waiting for a
+# lock before `read_timeout` closes the connection.
 # https://mariadb.com/kb/en/innodb-system-variables/, https://mariadb.com/kb/en/galera-cluster-system-variables/
 _MARIADB_SETTINGS = {
     "innodb_snapshot_isolation": "ON",
@@ -61,14 +61,14 @@ _MARIADB_SETTINGS = {
 
 
 def make_engine(url: str | URL, *, pool_size: int = 8) -> Engine:
-    """Make the engine that may write.
+    """Create an engine that may write.
 
-    :param url: a SQLAlchemy URL.  ``postgresql:`` means psycopg 3, ``mysql:`` and
-        ``mariadb:`` mean PyMySQL, where the URL names no driver.  Several servers are
-        given as ``?host=a:1&host=b:2``; they are tried in that order.
-    :param pool_size: connections kept open, at most; SQLite has one writer and so
-        keeps one, for which the threads of this process queue.
-    :raises sqlalchemy.exc.ArgumentError: for what is no URL.
+    :param url: a SQLAlchemy URL.  If it names no driver, ``postgresql:`` means psycopg 3, and
+        ``mysql:`` and ``mariadb:`` mean PyMySQL.  Several servers are given as
+        ``?host=a:1&host=b:2``; they are tried in that order.
+    :param pool_size: maximum number of connections.  SQLite has one writer, and always gets
+        one connection, for which the threads of this process queue.
+    :raises sqlalchemy.exc.ArgumentError: if *url* is not a URL.
     """
     url = make_url(url)
     if url.get_backend_name() == "sqlite":
@@ -77,11 +77,16 @@ def make_engine(url: str | URL, *, pool_size: int = 8) -> Engine:
 
 
 def make_reader(url: str | URL, *, pool_size: int = 8) -> Engine | None:
-    """Make the engine for safe requests, or None where the first engine serves them too.
+    """Create a read-only engine for requests with safe methods.
 
-    It can only read.  On a SQLite file readers don't wait for the writer
-    (https://www.sqlite.org/wal.html), if only they don't begin as one.  On a server each
-    statement is a transaction of its own, so a read costs one round trip.
+    On a SQLite file its transactions do not wait for the writer
+    (https://www.sqlite.org/wal.html).  On a database server each statement is its own
+    transaction (AUTOCOMMIT), so a read costs one round trip.
+
+    :param url: a SQLAlchemy URL, as for `make_engine`.
+    :param pool_size: maximum number of connections.
+    :returns: None for a SQLite database in memory, which has only one connection.
+    :raises sqlalchemy.exc.ArgumentError: if *url* is not a URL.
     """
     url = make_url(url)
     if url.get_backend_name() == "sqlite":
@@ -107,9 +112,9 @@ class ImmediateSQLite(SQLiteDialect_pysqlite):
     """SQLite for writers: a transaction holds the write lock from its beginning.
 
     A transaction that reads first and writes later would otherwise fail at once with
-    "database is locked" when another has written in between, whatever the timeout
+    "database is locked" if another one has written in between, whatever the timeout
     (https://www.sqlite.org/lang_transaction.html, "DEFERRED, IMMEDIATE, and EXCLUSIVE").
-    A dialect rather than the usual ``begin`` event, which would slow every statement.
+    This is a dialect rather than a ``begin`` listener, which would slow every statement.
     """
 
     supports_statement_cache = True
@@ -120,7 +125,7 @@ class ImmediateSQLite(SQLiteDialect_pysqlite):
 
 
 class DeferredSQLite(ImmediateSQLite):
-    """SQLite for readers: a transaction sees one state and locks nobody out."""
+    """SQLite for readers: a transaction sees one state of the database and takes no write lock."""
 
     supports_statement_cache = True
     begin_statement = "BEGIN"
@@ -159,9 +164,9 @@ def _sqlite_engine(url: URL, drivername: str, pragma: str, *, pool_size: int) ->
 
 
 def _set_when_free(dbapi_connection: sqlite3.Connection, pragma: str) -> None:
-    """Set what SQLite refuses to set, without waiting, while another process writes.
+    """Set a PRAGMA that SQLite refuses at once while another process writes.
 
-    Two processes that open a fresh file at once both turn it to WAL.
+    Two processes that open a new file at the same time both switch it to WAL.
     """
     while True:
         try:
@@ -170,12 +175,12 @@ def _set_when_free(dbapi_connection: sqlite3.Connection, pragma: str) -> None:
         except sqlite3.OperationalError as error:
             if not error.sqlite_errorname.startswith("SQLITE_BUSY"):
                 raise
-        dbapi_connection.execute("BEGIN EXCLUSIVE")  # waits, but for BUSY_TIMEOUT at most
+        dbapi_connection.execute("BEGIN EXCLUSIVE")  # waits, for at most BUSY_TIMEOUT
         dbapi_connection.execute("ROLLBACK")
 
 
 def is_in_memory(url: URL) -> bool:
-    """Tell whether *url* names a SQLite database in memory."""
+    """Return whether *url* names a SQLite database in memory."""
     return not url.database or ":memory:" in url.database or "mode=memory" in str(url)
 
 
@@ -200,7 +205,7 @@ def _server_engine(url: URL, **options: Any) -> Engine:
 
 
 def _try_each(engine: Engine, hosts: list[str]) -> None:
-    """Connect to the first host that serves, as libpq does by itself."""
+    """Connect to the first host that accepts a connection, as libpq does by itself."""
 
     @event.listens_for(engine, "do_connect")
     def connect(dialect: Dialect, _record: object, arguments: Any, parameters: Any) -> Any:

@@ -1,4 +1,7 @@
-"""The exceptions that the library raises, and what they say."""
+"""The exceptions that the library raises, and their messages.
+
+docs/troubleshooting.md has a heading for each message.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,51 @@ from sqlalchemy.exc import SQLAlchemyError
 
 
 class TransactionDoomed(SQLAlchemyError):
-    """The application asked for success, but its work is already undone.
+    """The application returned success, but the database would not keep its work.
 
-    Either it swallowed an error after which the database keeps nothing, or only a part,
-    although COMMIT would return normally (the error is the ``__cause__``); or it closed the
-    session while that held work.  The transaction has been rolled back.
+    Either the application swallowed an error after which the database keeps nothing, or only a
+    part, although COMMIT would return normally; the error is the ``__cause__``.  Or it closed
+    the session while that held work.  The transaction has been rolled back.
     """
 
 
 class CommitOutcomeUnknown(SQLAlchemyError):
-    """COMMIT was sent and its answer never came: the work may be durable, or not.
+    """COMMIT was sent, but its outcome is unknown: the work may be durable or not.
 
-    The driver's error is the ``__cause__``.  Conclude neither success nor failure, and do not
-    repeat the work blindly.
+    The connection was lost during COMMIT, or one of several databases failed after another had
+    committed.  The driver's error is the ``__cause__``.  Report neither success nor failure, and
+    check before you repeat the work.
     """
 
 
 def swallowed(what: str) -> TransactionDoomed:
-    """Return the exception for *what* has failed and did not stop the application."""
+    """Return the exception to raise if *what* failed and the application went on.
+
+    :param what: a clause that begins the message.
+    """
     return TransactionDoomed(
-        f"{what}, and the application went on as if its transaction were whole; it was rolled "
-        "back. Roll back yourself, or to a savepoint, where you handle such an error"
+        f"{what}, and the application went on as if its transaction were intact; it was rolled "
+        "back. Expect such an error inside 'with session.begin_nested():', or call rollback()"
     )
 
 
 def closed_with_work(place: str) -> str:
-    """Return what is said of a line that closed the session too early."""
+    """Return the message about a line that closed the session too early.
+
+    :param place: file and line.
+    """
     return (
-        f"{place} closed the session while it held a transaction, which threw its work away. "
-        "Delete that line, since the session is closed when the response is complete; if its "
-        "work was to be discarded, call rollback() instead"
+        f"{place} closed the session while it held a transaction, which discarded its work. "
+        "Delete that line, since the session is closed when its request or session_scope ends; "
+        "to discard work on purpose, call rollback() instead"
     )
 
 
 def require(condition: bool, name: str, given: object, wanted: str) -> None:
-    """Raise a `TypeError` about the argument *name*, unless *condition* holds."""
+    """Check an argument.
+
+    :param wanted: what it must be, in words.
+    :raises TypeError: unless *condition* is true.
+    """
     if not condition:
         raise TypeError(f"{name} must be {wanted}, not {given!r}")

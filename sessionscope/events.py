@@ -1,8 +1,8 @@
-"""What SQLAlchemy tells us: all listeners, each of which calls what follows the session.
+"""All listeners to SQLAlchemy's events; each notifies the tracker of the session.
 
-They are registered once, for every Session and Engine of the process: they keep nothing
-alive, and a session that is none of ours pays a look at an attribute per transaction.
-Registered for a class they would run twice where one class inherits from another.
+They are registered once, for every Session and Engine of the process.  They keep nothing alive,
+and for a session that is not tracked they cost one look-up of an attribute per event.  Listeners
+of a class would run twice if one class inherits from another.
 
 ``insert=True`` puts them before the listeners of the user.  Only the check before COMMIT must
 come last: see `_before_commit`.
@@ -60,14 +60,14 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
 
 
 def _reset(dbapi_connection: Any, record: Any, state: PoolResetState) -> None:
-    """Look at a connection that goes back to its pool; only pools that our sessions use do so."""
+    """Handle a connection that returns to its pool; only pools of tracked sessions listen."""
     for participant in participants_of(record.info):
         participant.on_return(dbapi_connection, state.transaction_was_reset)
 
 
 @event.listens_for(Session, "before_commit", insert=True)
 def _before_commit(session: Session) -> None:
-    """Have the check run behind all other hooks, those added late and of the session, too."""
+    """Run the check after all other hooks, also those that were added late or to the session."""
     tracker = tracker_of(session)
     if tracker is None or session.in_nested_transaction():
         return
@@ -76,11 +76,11 @@ def _before_commit(session: Session) -> None:
 
 
 def _come_last(session: Session) -> bool:
-    """Put the check behind all hooks that there are; False if a dispatch under way misses it.
+    """Put the check after all present hooks; return False if the running dispatch misses it.
 
-    Listeners of an instance run after those of its class and its sessionmaker.  Its first
-    one makes a new collection, which a dispatch that has begun does not see: so this is called
-    when a transaction begins, and once more when it is committed.
+    Listeners of an instance run after those of its class and its sessionmaker.  The first
+    listener of an instance creates a new collection, which a running dispatch does not see.
+    This is therefore called when a transaction begins, and once more when it is committed.
     """
     collection = session.dispatch.before_commit
     if event.contains(session, "before_commit", _last_before_commit):

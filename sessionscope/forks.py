@@ -1,10 +1,10 @@
 """Connections that were opened before a fork, and belong to the parent process.
 
-Two processes must not talk on one socket, nor use one SQLite connection
+Two processes must not use the same socket, or the same SQLite connection
 (https://docs.sqlalchemy.org/en/20/core/pooling.html, "Using Connection Pools with
-Multiprocessing or os.fork()").  A child process forgets those of its parent, so its pools open
-their own.  uWSGI forks in C and does not tell Python, unless it is told to; there the engines
-of `sessionscope.engines` look at each checkout, and the sessions of a request at each
+Multiprocessing or os.fork()").  A child process forgets the connections of its parent, so its
+pools open their own.  uWSGI forks in C and by default does not notify Python; the engines of
+`sessionscope.engines` therefore check each checkout, and the sessions of requests each
 transaction.
 """
 
@@ -29,7 +29,7 @@ _opened: WeakSet[Any] = WeakSet()
 _engines: WeakSet[Engine] = WeakSet()
 
 _inherited: list[object] = []
-"""What is kept of the parent, since SQLite's connections must not even be closed in a child
+"""References to the parent's connections: a child must not even close those of SQLite
 (https://www.sqlite.org/howtocorrupt.html, 2.6)."""
 
 
@@ -39,7 +39,7 @@ class InheritedConnection(Exception):
 
 @event.listens_for(Pool, "connect", insert=True)
 def _note_process(dbapi_connection: object, record: Any) -> None:
-    if not _is_in_memory(dbapi_connection):  # of such a database a child has a copy
+    if not _is_in_memory(dbapi_connection):  # a child has its own copy of such a database
         record.info[_PROCESS] = os.getpid()
         _opened.add(record)
 
@@ -57,7 +57,7 @@ def _forget_connections() -> None:
         _inherited.append(record.dbapi_connection)
         record.dbapi_connection = None
     _opened.clear()
-    for engine in list(_engines):  # whose pools count what threads of the parent had out
+    for engine in list(_engines):  # their pools count connections that the parent's threads used
         engine.dispose(close=False)
 
 
@@ -65,7 +65,10 @@ os.register_at_fork(after_in_child=_forget_connections)
 
 
 def survive_forks(engine: Engine) -> None:
-    """Have *engine*, of a database not in memory, open connections of its own in a child."""
+    """Make *engine* open its own connections in a child process.
+
+    :param engine: its database is not in memory.
+    """
     _engines.add(engine)
     event.listen(engine, "checkout", _on_checkout)
 
@@ -87,7 +90,7 @@ def refusal(connection: Connection) -> DBAPIError | None:
         return None
     log.warning(
         "%r was used before this process was forked, so its connections are shared with process "
-        "%d: they are left alone from now on. Call engine.dispose() before the fork",
+        "%d, and this process opens new ones. Call engine.dispose() before the fork",
         engine,
         process,
     )
@@ -95,5 +98,7 @@ def refusal(connection: Connection) -> DBAPIError | None:
     _inherited.extend((engine.pool, fairy.dbapi_connection))
     fairy.dbapi_connection = None  # or ROLLBACK would be sent on it
     engine.dispose(close=False)
-    error = InheritedConnection(f"the connection belongs to process {process}")
+    error = InheritedConnection(
+        f"the connection belongs to process {process}: call engine.dispose() before the fork"
+    )
     return DBAPIError("BEGIN", None, error, connection_invalidated=True)

@@ -1,8 +1,8 @@
-"""Sessions that the registry shows instead of a request's own.
+"""Sessions that the registry returns instead of the request's.
 
-The application may put one there itself, and callbacks get one, because the request's session
-is none of their business.  Whoever uses a guest ends its transactions; what is left in it is
-closed, and never committed.
+The application may have put one there, and callbacks get a new one, because they must not use
+the session of the request.  Whoever uses such a guest commits or rolls it back; if work is left
+in it, it is closed and never committed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 
 class Guest(SessionTracker):
-    """A session that somebody else ends."""
+    """A session that somebody else commits or rolls back."""
 
     def work_left(self) -> Iterator[str]:
-        """Iterate over sentences about work that was not committed."""
+        """Yield a message for each piece of work that was not committed."""
         for sentence, transaction in self.lost_work():
             if transaction.wrote:
                 yield sentence
         if self.session.in_transaction() and (
             self.transaction.has_written() or has_changes(self.session)
         ):
-            yield "a session that was put into the registry was not committed"
+            yield "a session that was put into the registry was not committed: its work is lost"
 
     def close(self) -> None:
         self.ending = True
@@ -38,19 +38,19 @@ class Guest(SessionTracker):
 
 
 class Seat:
-    """The place in the registry where guests may be, one after the other."""
+    """The slot for guests in the registry, which one after the other may occupy."""
 
     session: Session | None = None
     guests: tuple[Guest, ...] = ()
 
     def take(self, session: Session) -> None:
-        """Show *session*; one that is followed already, by a session_scope, is no guest."""
+        """Return *session* from now on; one that a session_scope tracks already is no guest."""
         self.session = session
         if tracker_of(session) is None:
             self.guests += (Guest(session),)
 
     def leave(self) -> None:
-        """Show it no more, because somebody has closed it or goes on using it elsewhere."""
+        """Stop returning it: somebody has closed it, or goes on using it elsewhere."""
         self.session = None
 
     def work_left(self) -> Iterator[str]:
@@ -58,7 +58,7 @@ class Seat:
             yield from guest.work_left()
 
     def close(self) -> None:
-        """Close what is left."""
+        """Close the guests."""
         while self.guests:
             guest, self.guests = self.guests[-1], self.guests[:-1]
             guest.close()
@@ -66,7 +66,7 @@ class Seat:
 
 
 class Aside:
-    """On stage, it hides a request's session from code that is not the request's."""
+    """An entry that hides the session of the request from callbacks and observers."""
 
     def __init__(self, stage: StagedRegistry, factory: Callable[[], Any]) -> None:
         self.stage = stage
@@ -90,14 +90,14 @@ class Aside:
         self.seat.leave()
 
     def on_begin_refused(self, error: BaseException) -> None:
-        """None of its business."""
+        """Do nothing: it keeps no record of errors."""
 
     def on_commit_of(self, transaction: object) -> None:
-        """None of its business."""
+        """Do nothing: it keeps no record of commits."""
 
     def close(self) -> None:
         for sentence in self.seat.work_left():
-            log.warning("on_commit: %s; what a callback writes it must commit", sentence)
+            log.warning("%s; a callback or an observer must commit what it writes", sentence)
         self.seat.close()
         self.closed = True
 
@@ -105,9 +105,9 @@ class Aside:
 def run_aside(
     stage: StagedRegistry, factory: Callable[[], Any], function: Callable[..., T], *args: Any
 ) -> T:
-    """Call *function* without the session that is on stage.
+    """Call *function* without the active session.
 
-    What it opens through the registry is its own, and is closed after it.
+    A session that it gets from the registry is a new one, and is closed after it.
     """
     entry = Aside(stage, factory)
     try:

@@ -1,20 +1,19 @@
-"""Exactly once: a key that the client chooses, stored in the transaction of the work.
+"""Process each request exactly once, by a key that the client chooses.
 
-A client that never saw its response repeats the request with the same ``Idempotency-Key``.  The
-work is done once, and each repeat gets the same response::
+A client that got no response repeats the request with the same ``Idempotency-Key``.  The work is
+done once, and each repeat gets the same response::
 
     keys = idempotency_table(Base.metadata)
     once = Idempotency(app, keys, scope=lambda environ: environ["REMOTE_USER"])
     application = SessionMiddleware(once, Session, attempts=3)
 
-The row of a key is inserted before the application runs and gets the response afterwards, so
-one COMMIT makes work, key and response durable.  There is a row only where there is work: none
-says "in progress", none expires by itself, and a crash leaves none behind.
+The row of a key is inserted before the application runs, and the response is stored in it
+afterwards, so one COMMIT makes work, key and response durable.  A row exists only if the work
+does: none says "in progress", none expires by itself, and a crash leaves none behind.
 
-The field is the one of draft-ietf-httpapi-idempotency-key-header
-(https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/).  Other than in the
-draft (2.6), only 2xx and 3xx are kept: everything else was rolled back, so a repeat may try
-again.
+The header is that of draft-ietf-httpapi-idempotency-key-header
+(https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/).  Unlike in the draft
+(2.6), only 2xx and 3xx are kept: everything else was rolled back, so a repeat is processed.
 """
 
 from __future__ import annotations
@@ -55,38 +54,38 @@ __all__ = ["Idempotency", "idempotency_table", "purge"]
 log = logging.getLogger("sessionscope")
 
 CLAIM_KEY = "sessionscope.idempotency"
-"""The environ's key for a reference to the claim of the request."""
+"""The key in the environ for a reference to the claim of the request."""
 
 
 class Idempotency:
-    """A WSGI application that carries out a request with a key once.
+    """A WSGI application that processes each request with a key once.
 
-    It belongs inside `SessionMiddleware`.  The first request runs *app*; a repeat gets the
-    response that was stored, with ``Idempotent-Replayed: true``.  Others are refused with
-    problem details (RFC 9457) and nothing is executed:
+    It belongs inside `SessionMiddleware`.  The first request with a key calls *app*; a repeat
+    gets the stored response, with ``Idempotent-Replayed: true``.  Other requests with a key are
+    rejected with problem details (RFC 9457), and *app* is not called:
 
     ===  =========================================================================
     400  the key is malformed, or required and missing; the body is incomplete
-    409  a request with this key is running, or was carried out, its response not kept
+    409  a request with this key is running; or was processed, and its response not kept
     411  the body has no Content-Length, and the server does not say where it ends
     413  the body has more than *limit* bytes
     422  the key was used for another request
     ===  =========================================================================
 
     :param app: the WSGI application to wrap.
-    :param table: what `idempotency_table` returned.
-    :param scope: called with the environ, it returns a str that identifies the caller, so that
-        nobody gets the response of another.  *app* is not asked when a response is replayed,
-        so authenticate further out.
-    :param methods: the methods whose keys count.
-    :param required: refuse such a request without a key.
-    :param limit: bytes of a request's body, which is read into memory, and of a response's body
-        that is stored.  A longer response is sent, but a repeat is a 409.
-    :param help: the URI of your documentation, the ``type`` of the problem details.
-    :param context: called for a context manager in which the session is used.  Flask-SQLAlchemy
+    :param table: the table that `idempotency_table` returned.
+    :param scope: called with the environ; it returns a str that identifies the caller, so that
+        nobody gets the response of another.  *app* is not called for a replay, so authenticate
+        in an outer layer.
+    :param methods: the methods whose keys are considered.
+    :param required: reject requests with these methods if they have no key.
+    :param limit: maximum size, in bytes, of a request body, which is read into memory, and of a
+        response body that is stored.  A longer response is sent, but a repeat gets a 409.
+    :param help: the URI of your documentation, used as ``type`` of the problem details.
+    :param context: returns a context manager in which the session is used.  Flask-SQLAlchemy
         finds its engine in the application context: ``context=app.app_context``.
-    :raises TypeError: for an argument of another type.
-    :raises ValueError: for a *limit* below 1, or beyond what a row can hold.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if *limit* is below 1, or more than a row can hold.
     """
 
     def __init__(
@@ -141,15 +140,15 @@ class Idempotency:
         if stored is not None:
             log.debug("%s %r: replayed", environ["REQUEST_METHOD"], environ.get("PATH_INFO"))
             return replay(stored, start_response)
-        environ[CLAIM_KEY] = ref(claim)  # weak: some servers and frameworks keep the environ
+        environ[CLAIM_KEY] = ref(claim)  # weak, because some servers and frameworks keep environs
         return FirstResponse(self, claim, start_response).begin(environ)
 
     def claim(self, environ: WSGIEnvironment, field: str | None, unit: UnitOfWork) -> Claim:
-        """Read the request, and keep its rivals in this process away.
+        """Read the request, and reject it if another one in this process has the same key.
 
-        They would wait in the database, and one slow request could use up all threads.
+        It would wait in the database, and one slow request could use up all threads.
 
-        :raises Problem: if the request is malformed, or a rival is running.
+        :raises Problem: if the request is malformed, or its key is in use.
         """
         if field is None:
             raise Problem(400, "Idempotency-Key is missing")
@@ -168,9 +167,10 @@ class Idempotency:
         return claim
 
     def stored_response(self, claim: Claim) -> bytes | None:
-        """Insert the row of *claim*, or return the response of the request that has done so.
+        """Insert the row of *claim*, or return the response stored by an earlier request.
 
-        :raises Problem: if there is no response, or none for this request.
+        :returns: None if the row was inserted.
+        :raises Problem: if no response is stored, or the earlier request was a different one.
         """
         first = False
         try:
@@ -190,7 +190,7 @@ class Idempotency:
 
 
 class FirstResponse:
-    """The response to the request that has claimed the key, and where it ends."""
+    """The response to the first request with a key, which is recorded and stored."""
 
     def __init__(self, layer: Idempotency, claim: Claim, start_response: StartResponse) -> None:
         self.layer = layer
@@ -211,7 +211,7 @@ class FirstResponse:
         return self.end() or body
 
     def end(self) -> list[bytes]:
-        """Store the response; return what to send instead if a rival has the key."""
+        """Store the response; return the body to send instead if another request has the key."""
         claim, recording = self.claim, self.recording
         try:
             if claim.unit.has_failed():
@@ -229,9 +229,9 @@ class FirstResponse:
             claim.is_running = False
 
     def end_refused(self) -> None:
-        """Keep the key if a *commit_when* commits a response that is no success.
+        """Keep the key if *commit_when* commits a response that is not 2xx or 3xx.
 
-        It is gone if the application rolled back, and worked again.
+        The row is gone if the application has rolled back and worked again since.
         """
         claim = self.claim
         if claim.may_be_lost() and claim.unit.session.in_transaction():
@@ -275,7 +275,7 @@ class RecordedBody:
 
 
 def _is_claimed(environ: WSGIEnvironment) -> bool:
-    """Tell whether this request is a part of one whose key is claimed."""
+    """Return whether this is a sub-request of one whose key is claimed."""
     reference = environ.get(CLAIM_KEY)
     claim = None if reference is None else reference()
     return claim is not None and claim.is_running

@@ -1,4 +1,4 @@
-"""Requests with an Idempotency-Key and their responses, as HTTP has them.
+"""HTTP for requests with an Idempotency-Key: the header, the body, stored responses, problems.
 
 Nothing here knows of sessions.  RFC 9110 is HTTP, RFC 9457 problem details, RFC 9651 structured
 fields, and PEP 3333 (https://peps.python.org/pep-3333/) is WSGI.
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from sessionscope.response import Headers
 
 MAX_KEY = 255
-"""Characters of a key."""
+"""Maximum number of characters of a key."""
 
 MAX_RESPONSE = 2**24 - 1
-"""Bytes of a stored response, with its head; more don't fit in MariaDB's MEDIUMBLOB."""
+"""Maximum size of a stored response with its headers, in bytes: that of MariaDB's MEDIUMBLOB."""
 
 NOT_STORED = frozenset({"date", "set-cookie"})
-"""Headers that belong to one message, or to one moment of a client's session."""
+"""Headers that are valid for one message only, or for one moment of a client's session."""
 
 PHRASES = {
     400: "Bad Request",
@@ -46,7 +46,10 @@ _NUMBER = re.compile(r"[0-9]+")
 
 
 class Problem(Exception):
-    """Why a request is not carried out, in the problem details of RFC 9457."""
+    """The reason why a request is rejected, as problem details (RFC 9457).
+
+    docs/troubleshooting.md has a heading for each title.
+    """
 
     def __init__(self, status: int, title: str, headers: Headers | None = None) -> None:
         super().__init__(title)
@@ -55,9 +58,9 @@ class Problem(Exception):
         self.headers = headers or []
 
     def respond(self, start_response: StartResponse, help: str, *exc_info: Any) -> list[bytes]:
-        """Send it.
+        """Send the problem details.
 
-        :param help: the URI of its ``type``.
+        :param help: the URI for ``type``.
         """
         details = {"type": help, "title": self.title, "status": self.status}
         body = json.dumps(details).encode()
@@ -76,9 +79,9 @@ def in_progress() -> Problem:
 
 
 def parse_key(text: str) -> str:
-    """Return the key that the field says.
+    """Return the key in the value of the header.
 
-    :raises Problem: 400 if it is no single String of 1 to 255 characters.
+    :raises Problem: 400 if it is not one String of 1 to 255 characters (RFC 9651, 3.3.3).
     """
     text = text.strip(" \t")
     quoted = _QUOTED.fullmatch(text)
@@ -93,7 +96,7 @@ def parse_key(text: str) -> str:
 def read_body(environ: WSGIEnvironment, limit: int) -> bytes:
     """Read the body of the request.
 
-    :param limit: bytes that it may have; at most one more is read.
+    :param limit: its maximum size in bytes; at most one more byte is read.
     :raises Problem: 400 if it is incomplete, 413 if it is too long, 411 if the server does not
         say where it ends.
     """
@@ -105,7 +108,7 @@ def read_body(environ: WSGIEnvironment, limit: int) -> bytes:
         raise too_long
     ends = environ.get("wsgi.input_terminated")
     if not length and not ends and "HTTP_TRANSFER_ENCODING" in environ:
-        # Reading could wait for ever, or not give what the application would get.
+        # Reading could block for ever, or return something else than the application would get.
         raise Problem(411, "With an Idempotency-Key, a body needs a Content-Length here")
     wanted = int(length) if length else (limit + 1 if ends else 0)
     body = b""
@@ -119,7 +122,7 @@ def read_body(environ: WSGIEnvironment, limit: int) -> bytes:
 
 
 def digest(*parts: str | bytes) -> str:
-    """Return the SHA-256 of *parts*, in hexadecimal; each part follows its length."""
+    """Return the SHA-256 of *parts* in hexadecimal; each part is preceded by its length."""
     result = sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
@@ -128,7 +131,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def request_digest(environ: WSGIEnvironment, body: bytes) -> str:
-    """Return the digest of all that two requests must have in common to be the same."""
+    """Return the digest of everything in which two requests must agree to be the same."""
     path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     query, kind = environ.get("QUERY_STRING", ""), environ.get("CONTENT_TYPE") or ""
     host = environ.get("HTTP_HOST") or environ.get("SERVER_NAME", "")
@@ -137,10 +140,10 @@ def request_digest(environ: WSGIEnvironment, body: bytes) -> str:
 
 
 class Recording:
-    """A response that is recorded while it passes.
+    """A response that is recorded while it is passed on.
 
-    :param start_response: the server's.
-    :param limit: bytes of a body that are kept; a longer one passes all the same.
+    :param start_response: that of the server.
+    :param limit: maximum number of bytes of the body that are kept; a longer body is still sent.
     """
 
     def __init__(self, start_response: StartResponse, limit: int) -> None:
@@ -154,7 +157,7 @@ class Recording:
     def start_response(
         self, status: str, headers: Headers, exc_info: Any = None, /
     ) -> Callable[[bytes], object]:
-        """Pass the head on; one that replaces another also takes back what was written."""
+        """Pass the head on; a head that replaces another also discards the recorded body."""
         more = [] if exc_info is None else [exc_info]
         write = self.server_start_response(status, headers, *more)
         self.status, self.headers = status, headers.copy() if type(headers) is list else None
@@ -167,7 +170,7 @@ class Recording:
         return write_and_record
 
     def add(self, chunk: object) -> None:
-        """Record *chunk*; nothing is kept of a body that is too long, or has other than bytes."""
+        """Record *chunk*; nothing is kept of a body that is too long, or is not bytes."""
         if isinstance(chunk, bytes) and len(chunk) <= self.room:
             self.room -= len(chunk)
             self.chunks.append(chunk)
@@ -180,7 +183,7 @@ class Recording:
         return is_success(self.status)
 
     def as_http(self) -> bytes | None:
-        """Return the response as HTTP/1.1 writes it; None if it cannot be kept."""
+        """Return the response in the format of HTTP/1.1; None if it cannot be kept."""
         if self.room < 0 or not isinstance(self.headers, list):
             return None
         try:
@@ -188,8 +191,8 @@ class Recording:
             lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in stored)]
             head = "\r\n".join(lines).encode("latin-1")
         except (AttributeError, TypeError, ValueError):
-            return None  # the server says what it thinks of such headers
-        # What is beyond the Content-Length was dropped on its way, and a 204 has no body.
+            return None  # left to the server, which may reject such headers
+        # Bytes beyond the Content-Length are dropped on their way, and a 204 has no body.
         length = Head("", str(self.status), self.headers, None).length
         written = head + b"\r\n\r\n" + b"".join(self.chunks)[:length]
         is_plain = len(re.split(b"[\r\n]+", head)) == len(lines)
@@ -201,7 +204,7 @@ def _is_left_out(name: str) -> bool:
 
 
 def replay(written: bytes, start_response: StartResponse) -> list[bytes]:
-    """Send a response that `Recording.as_http` has written."""
+    """Send a response that `Recording.as_http` returned, with ``Idempotent-Replayed: true``."""
     head, _, body = written.partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
     pairs = (line.partition(": ") for line in lines)

@@ -36,45 +36,49 @@ if TYPE_CHECKING:
 
     Context = Callable[[], AbstractContextManager[object]]
 
-# MariaDB makes a MEDIUMBLOB of either; that it is one, Alembic knows of the second only.
+# MariaDB creates a MEDIUMBLOB for either; only with the second Alembic finds no difference.
 _RESPONSE = LargeBinary(MAX_RESPONSE).with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 WAITED_TOO_LONG = frozenset({"55P03", "57014", 1205, 1969})
-"""Lock and statement timeouts of PostgreSQL and MariaDB: a rival is still at work."""
+"""Lock and statement timeouts of PostgreSQL and MariaDB: another request still has the key."""
 
 PURGE_ATTEMPTS = 5
-"""How often `purge` tries to delete one batch that conflicts with others."""
+"""How often `purge` tries to delete a batch if it conflicts with other transactions."""
 
 
 def idempotency_table(metadata: MetaData, name: str = "idempotency_keys", **options: Any) -> Table:
-    """Define the table of the keys, which must be on the engine of the work.
+    """Define the table of the keys, which must be in the same database as the work.
 
-    A row holds neither the key nor the scope in clear.
+    A row contains neither the key nor the scope in clear text.
 
-    :param metadata: where ``create_all()`` and Alembic find it.
-    :param options: for `sqlalchemy.Table`, ``schema`` for instance.
+    :param metadata: the metadata of the application, in which ``create_all()`` and Alembic find
+        the table.
+    :param name: the name of the table.
+    :param options: further arguments of `sqlalchemy.Table`, ``schema`` for instance.
     """
     return Table(
         name,
         metadata,
         Column("id", String(64), primary_key=True),  # SHA-256 of scope and key
-        Column("request", String(64), nullable=False),  # SHA-256 of what was asked for
+        Column("request", String(64), nullable=False),  # SHA-256 of the request
         Column("created", BigInteger, nullable=False, index=True),  # ns since 1970
-        Column("response", _RESPONSE),  # NULL: carried out, but not kept
+        Column("response", _RESPONSE),  # NULL: processed, but not kept
         **options,
     )
 
 
 def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 500) -> int:
-    """Delete the keys that are older than *older_than*, and return their number.
+    """Delete keys, and return their number.
 
-    A purged key is new: a repeat is carried out again.  It may run beside requests, and beside
-    itself.
+    A purged key counts as new: a repeat is processed again.  Requests and other purges may run
+    at the same time.
 
-    :param registry: a ``scoped_session``; each batch is a transaction of its own.
-    :param batch: rows that a transaction deletes at most.
-    :raises TypeError: if *older_than* is no `timedelta`.
-    :raises ValueError: for a negative *older_than*, or a *batch* below 1.
+    :param registry: a ``scoped_session``; each batch is its own transaction.
+    :param table: the table that `idempotency_table` returned.
+    :param older_than: the minimum age of the keys to delete.
+    :param batch: maximum number of rows that one transaction deletes.
+    :raises TypeError: if *older_than* is not a `timedelta`.
+    :raises ValueError: if *older_than* is negative, or *batch* is below 1.
     """
     if not isinstance(older_than, timedelta):
         raise TypeError(f"older_than must be a timedelta, not {older_than!r}")
@@ -101,7 +105,7 @@ def _purge_patiently(registry: Registry, table: Table, before: int, batch: int) 
 
 
 def _purge_batch(registry: Registry, table: Table, before: int, batch: int) -> tuple[int, int]:
-    """Delete one batch; return how many rows were found, and how many of them deleted."""
+    """Delete one batch; return the number of rows found, and of those deleted."""
     is_old = table.c.created < before
     query = select(table.c.id).where(is_old).order_by(table.c.created).limit(batch)
     with session_scope(registry) as session:
@@ -116,8 +120,8 @@ class Claim:
     """The row of one request, in the transaction of its work.
 
     :param id: the digest of scope and key.
-    :param request: the digest of what is asked for.
-    :param context: called for a context manager in which to use the session.
+    :param request: the digest of the request.
+    :param context: returns a context manager in which to use the session.
     """
 
     def __init__(
@@ -135,11 +139,11 @@ class Claim:
         self.is_running = True
 
     def insert(self, response: bytes | None = None) -> bool:
-        """Insert the row unless it is there, and tell whether it was not.
+        """Insert the row unless it exists, and return whether it was inserted.
 
-        Waits for a rival that has inserted it and not committed yet.
+        Waits for a request that has inserted it and not committed yet.
 
-        :raises RuntimeError: if the engine is in AUTOCOMMIT, or of another database.
+        :raises RuntimeError: if the engine is in AUTOCOMMIT, or the database not supported.
         """
         values = {"id": self.id, "request": self.request, "created": self.created}
         with self.session_in_use() as bind:
@@ -150,7 +154,7 @@ class Claim:
         return bool(done.rowcount)
 
     def find(self) -> Row[Any, Any] | None:
-        """Return the row of an earlier request; None if it was purged meanwhile."""
+        """Return the row of an earlier request; None if it has been purged since."""
         row = self.table.c
         query = select(row.request, row.response).where(row.id == self.id)
         with self.session_in_use() as bind:
@@ -159,9 +163,9 @@ class Claim:
             return self.execute(query).first()  # type: ignore[no-any-return]
 
     def store(self, response: bytes | None) -> bool:
-        """Store *response* in the row, or tell that a rival has the key.
+        """Store *response* in the row; return False if another request has the key.
 
-        The application may have rolled the row back; then it is inserted again.
+        If the application has rolled the row back, it is inserted again.
         """
         row = self.table.c
         own = (row.id == self.id) & (row.created == self.created)
@@ -171,9 +175,9 @@ class Claim:
 
     @contextmanager
     def session_in_use(self) -> Iterator[Engine | Connection]:
-        """Run a block that uses the session, on the engine that writes, and may wait for a rival.
+        """Run a block that uses the session on the engine for writing.
 
-        :raises Problem: if the database does not let it wait any longer.
+        :raises Problem: 409 if a statement waited longer than the database allows.
         """
         try:
             with self.context():
@@ -187,37 +191,40 @@ class Claim:
             raise
 
     def execute(self, statement: Executable) -> Any:
-        # On the connection, since a get_bind() of the application's may ignore the bind.
+        # On the connection, since a get_bind() of the application may ignore the bind.
         connection = self.unit.session.connection({"bind": self.bind})
         options = {"preserve_rowcount": True}  # of an INSERT, too
         return connection.execute(statement, execution_options=options)
 
     def refuse_autocommit(self) -> None:
-        """Refuse a connection on which the key would be durable before the work is."""
+        """Check that key and work are in one transaction.
+
+        :raises RuntimeError: if the engine is in AUTOCOMMIT.
+        """
         self.unit.session.connection({"bind": self.bind})
         if any(one.is_autocommit() for one in self.unit.transaction.participants):
             raise RuntimeError("Idempotency needs transactions, but the engine is in AUTOCOMMIT")
 
     def may_be_lost(self) -> bool:
-        """Tell whether the application has ended the transaction in which the row was inserted."""
+        """Return whether the application has ended the transaction that inserted the row."""
         return self.transaction is not self.unit.transaction
 
 
 def begin(session: Session) -> None:
-    """Begin a transaction, if there is none; a session may have ``autobegin=False``."""
+    """Begin a transaction if there is none; a session may have ``autobegin=False``."""
     if not session.in_transaction():
         session.begin()
 
 
 def insert_unless_there(table: Table, dialect: str) -> Insert:
-    """Return an INSERT that does nothing if the row is there.
+    """Return an INSERT that does nothing if the row exists.
 
-    :raises RuntimeError: for a database that is not supported.
+    :raises RuntimeError: if the database is not supported.
     """
     if dialect == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing()
     if dialect == "sqlite":
         return sqlite.insert(table).on_conflict_do_nothing()
     if dialect in ("mysql", "mariadb"):
-        return insert(table).prefix_with("IGNORE")  # our values fit, so it ignores nothing else
+        return insert(table).prefix_with("IGNORE")  # the values fit, so nothing else is ignored
     raise RuntimeError(f"Idempotency supports PostgreSQL, MariaDB, MySQL and SQLite, not {dialect}")

@@ -1,4 +1,4 @@
-"""What the log and the *observer* are told of a request."""
+"""The outcome of a request, for the log and the *observer*."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RequestName:
-    """What a request is called, whatever the application makes of its environ."""
+    """Method and path of a request, even if the application changes the environ."""
 
     warned = False
 
@@ -37,7 +37,7 @@ class RequestName:
         return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
 
     def warn_of_long_transaction(self, seconds: float) -> None:
-        """Say once that a stream has kept its transaction open for more than *seconds*."""
+        """Warn once that a stream has kept its transaction open for more than *seconds*."""
         if not self.warned:
             self.warned = True
             log.warning(
@@ -50,7 +50,7 @@ class RequestName:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request's session; given to the *observer*."""
+    """The outcome of one request's session, which the *observer* gets."""
 
     method: str
     """The request method."""
@@ -59,13 +59,14 @@ class Outcome:
     status: str | None
     """The status line given to ``start_response``; None if there was none."""
     action: Action
-    """``none`` if no transaction was begun, ``unknown`` if the answer to COMMIT was lost."""
+    """``commit``, ``rollback``, ``none`` if no transaction began, or ``unknown`` if the
+    connection was lost during COMMIT."""
     attempts: int
     """How often the application was called."""
     seconds: float
-    """From the call of the middleware until now, when the transaction is over."""
+    """Seconds from the call of the middleware to the end of the transaction."""
     error: BaseException | None
-    """What the application or the COMMIT raised."""
+    """What the application or COMMIT raised."""
 
 
 def outcome_of(attempt: Attempt, error: BaseException | None) -> Outcome:
@@ -82,7 +83,7 @@ def outcome_of(attempt: Attempt, error: BaseException | None) -> Outcome:
 
 
 def tell(outcome: Outcome, observer: Callable[[Outcome], object] | None) -> None:
-    """Write a line into the log, and call *observer*, whose errors change nothing."""
+    """Write a line to the log and call *observer*, whose exceptions are logged."""
     told = outcome.status if outcome.error is None else repr(outcome.error)
     log.debug("%s %s %s %s", outcome.action, outcome.method, outcome.path, told)
     if observer is not None:

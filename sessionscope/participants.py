@@ -1,4 +1,4 @@
-"""One connection of a transaction, and what its driver has said."""
+"""The connections of a transaction, and the state of their drivers."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ _WATCHERS: dict[str, Callable[..., None]] = {
 
 
 def watch(engine: Engine) -> None:
-    """Have *engine* tell of its statements and COMMITs, from now on."""
+    """Listen to the statements and COMMITs of *engine* from now on."""
     if _after_cursor_execute not in engine.dispatch.after_cursor_execute:  # the last of them
         for name, listener in _WATCHERS.items():
             event.listen(engine, name, listener)
 
 
 def watch_binds(registry: Registry) -> None:
-    """Watch the engines that *registry* names, before requests run in other threads.
+    """Watch the engines of *registry*, before requests run in other threads.
 
-    To add a listener disturbs a thread in which the engine is just calling another.
+    Adding a listener disturbs a thread in which the engine is just calling another.
     """
     options = getattr(registry.session_factory, "kw", {})
     for bind in (options.get("bind"), *(options.get("binds") or {}).values()):
@@ -67,23 +67,26 @@ def watch_binds(registry: Registry) -> None:
 
 
 class Participant:
-    """One connection of a transaction, and what its driver has said."""
+    """One connection of a transaction, and the state of its driver.
+
+    :param owner: the transaction.
+    """
 
     watched = False
     error: BaseException | None = None
-    """What failed first here."""
+    """The first error on this connection."""
     aborted = False
-    """An error made the database undo everything."""
+    """Whether an error made the database roll back the whole transaction."""
     commit_sent = False
-    """Only known of a transaction of several connections, or of one that is watched."""
+    """Known only if the transaction has several connections, or is watched."""
     wrote = False
-    """SQLite's driver had changed rows when the connection was returned."""
+    """Whether SQLite's driver had changed rows when the connection was returned."""
     sqlite: Any = None
-    """SQLite's driver's connection."""
+    """The driver's connection, on SQLite."""
     begun = False
-    """SQLite's driver has been seen in a transaction."""
+    """Whether SQLite's driver has been in a transaction at some check."""
     changes = 0
-    """Rows that SQLite's driver had changed when the transaction began."""
+    """Number of rows that SQLite's driver had changed when the transaction began."""
     in_autocommit: bool | None = None
     listeners: tuple[tuple[str, Callable[..., None]], ...] = ()
 
@@ -106,7 +109,7 @@ class Participant:
         self.listeners = ()
 
     def refuse_if_inherited(self) -> None:
-        """Refuse to work on a connection that another process opened."""
+        """Raise an error if another process opened the connection."""
         error = refusal(self.connection)
         if error is not None:
             self.aborted = True
@@ -114,7 +117,7 @@ class Participant:
             raise error
 
     def watch(self) -> None:
-        """Look at each statement and COMMIT for one that may make work durable.
+        """Inspect each statement and COMMIT: it may make work durable.
 
         The engine's listeners stay, which costs less than new ones for each request.
         """
@@ -122,7 +125,7 @@ class Participant:
         watch(self.connection.engine)
 
     def watch_commit(self) -> None:
-        """Hear of COMMIT before any hook of the engine does, which may refuse it."""
+        """Listen to COMMIT before the hooks of the engine, which may refuse it."""
         for name in ("commit", "commit_twophase"):
             event.listen(self.connection, name, self.on_commit)
             self.listeners += ((name, self.on_commit),)
@@ -134,25 +137,25 @@ class Participant:
             self.begun = self.sqlite.in_transaction
 
     def begin_sqlite(self) -> None:
-        """Send the BEGIN that SQLite's driver has left out so far."""
+        """Send the BEGIN that SQLite's driver has not sent yet."""
         if self.sqlite is not None and not self.begun:
             databases.begin_sqlite(self.connection)
             self.on_flush()
 
     def is_autocommit(self) -> bool:
-        """Tell whether the driver commits each statement by itself."""
+        """Return whether the driver commits each statement by itself."""
         if self.in_autocommit is None and not self.connection.invalidated:
             self.in_autocommit = databases.is_autocommit(self.connection)
         return bool(self.in_autocommit)
 
     def has_written(self) -> bool:
-        """Tell whether SQLite's driver has changed rows; False where nobody knows."""
+        """Return whether SQLite's driver has changed rows; False if that is unknown."""
         if self.sqlite is None or self.connection.closed or self.connection.invalidated:
             return self.wrote
         return bool(self.sqlite.total_changes != self.changes)
 
     def is_lost(self) -> bool:
-        """Tell whether COMMIT would keep nothing, or only a part."""
+        """Return whether COMMIT would keep nothing, or only a part."""
         connection = self.connection
         if self.aborted or connection.invalidated:
             return True
@@ -161,14 +164,14 @@ class Participant:
         return databases.is_aborted(connection, self.error)
 
     def is_touched(self) -> bool:
-        """Tell whether a COMMIT or a ROLLBACK was begun here."""
+        """Return whether a COMMIT or a ROLLBACK was begun on this connection."""
         return self.transaction is not None and not self.transaction.is_active
 
     def commit_returned(self) -> bool:
-        """Tell whether COMMIT went well here, if nobody has rolled back.
+        """Return whether COMMIT succeeded on this connection, if nobody has rolled back.
 
-        SQLAlchemy takes a transaction from its connection when COMMIT returned, and leaves it
-        there, inactive, when COMMIT raised.
+        SQLAlchemy removes a transaction from its connection if COMMIT returns, and leaves it
+        there, inactive, if COMMIT raises.
         """
         connection, own = self.connection, self.transaction
         return own not in (
@@ -177,9 +180,9 @@ class Participant:
         )
 
     def on_return(self, driver: Any, claimed: bool) -> None:
-        """The connection goes back to its pool.
+        """Handle the return of the connection to its pool.
 
-        :param claimed: SQLAlchemy holds that its transaction is over.  It is not if COMMIT
+        :param claimed: whether SQLAlchemy considers its transaction over.  It is not if COMMIT
             failed and the session was closed: the next user would commit this work.
         """
         if self.sqlite is not None:
@@ -203,7 +206,7 @@ class Participant:
             self.owner.on_durable()  # Connection.commit(), called by the application
 
     def on_error(self, context: ExceptionContext) -> None:
-        """Hear of an error on the connection, before anybody can swallow or translate it."""
+        """Handle an error of the connection, before anything can swallow or translate it."""
         error = context.sqlalchemy_exception or context.original_exception
         owner, connection = self.owner, self.connection
         if isinstance(error, OSError) or databases.error_code(error) in databases.NODE_LOST:

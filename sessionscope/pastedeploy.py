@@ -1,4 +1,4 @@
-"""The session middleware as a filter of PasteDeploy, for ``pserve`` and what else reads its files.
+"""The session middleware as a PasteDeploy filter, for ``pserve`` and other users of ini files.
 
 In the ini file of an application::
 
@@ -15,18 +15,18 @@ The settings are the arguments of `SessionMiddleware`:
 
 ===============  =========================================================================
 ``registry``     the name of the application's ``scoped_session``, ``module:name``
-``url``          instead of a registry: the database; the application then finds its session
-                 at ``environ["sessionscope.session"]``
+``url``          instead of a registry: the URL of the database; the application then finds its
+                 session at ``environ["sessionscope.session"]``
 ``reader``       the name of an Engine for safe methods
-``reader_url``   instead of a reader: the database for them
+``reader_url``   instead of a reader: the URL of the database for them
 ``commit_when``  the name of a function ``(environ, status, headers)``
 ``observer``     the name of a function that is called with each ``Outcome``
 ``attempts``     a whole number
 ``confirm``      ``true`` or ``false``
 ===============  =========================================================================
 
-In such files ``%`` is written ``%%``, in the password of a URL, too.  Only the installed
-library has this module, and it doesn't import PasteDeploy: a factory is a function
+In ini files ``%`` is written ``%%``, also in the password of a URL.  This module does not import
+PasteDeploy, because a factory is just a function
 (https://docs.pylonsproject.org/projects/pastedeploy/, "paste.filter_app_factory").
 """
 
@@ -50,13 +50,13 @@ __all__ = ["filter_app_factory"]
 def filter_app_factory(
     app: WSGIApplication, global_config: object, **settings: str
 ) -> SessionMiddleware:
-    """Wrap *app* as a section of an ini file says.
+    """Wrap *app* with the settings of a section of an ini file.
 
-    :param app: the WSGI application that the filter stands before.
-    :param global_config: the section ``[DEFAULT]``, which is not looked at.
-    :param settings: the section of the filter, as the table of this module has it.
-    :raises ValueError: for a setting that is unknown, missing, doubled or cannot be read.
-    :raises TypeError: for a name that stands for an object of another type.
+    :param app: the WSGI application to wrap.
+    :param global_config: the section ``[DEFAULT]``, which is ignored.
+    :param settings: the section of the filter; the table above lists the settings.
+    :raises ValueError: if a setting is unknown, missing, given twice, or cannot be read.
+    :raises TypeError: if a name refers to an object of the wrong type.
     """
     arguments: dict[str, Any] = {}
     for setting, text in settings.items():
@@ -68,7 +68,7 @@ def filter_app_factory(
             raise ValueError(f"{' and '.join(names)} exclude each other")
         try:
             arguments[argument] = read(text)
-        except Exception as error:  # whatever the module raised that a name is in
+        except Exception as error:  # whatever the module raised in which a name is
             raise ValueError(f"the setting {setting!r} cannot be used: {error}") from error
     if "registry" not in arguments:
         raise ValueError("a registry or url is missing")
@@ -95,4 +95,4 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "attempts": ("attempts", int),
     "confirm": ("confirm", _boolean),
 }
-"""Of each setting the argument that it stands for, and how its text is read."""
+"""For each setting, its argument and the function that reads its text."""

@@ -1,6 +1,6 @@
-"""The fixture of `sessionscope.testing` for pytest, which finds it by itself.
+"""The pytest fixture ``sessionscope_isolate``, available as soon as sessionscope is installed.
 
-The fixture that gives tests their client is a good place to call it::
+Call it in the fixture that creates the client::
 
     import pytest
     import webtest
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def sessionscope_isolate() -> Iterator[Isolate]:
-    """Call it with a ``scoped_session``: all that its sessions do is undone after the test.
+    """Return a function that undoes, after the test, everything that a registry's sessions do.
 
-    What it returns and raises is that of `sessionscope.testing.isolated`.
+    Call the function with a ``scoped_session``.  It returns and raises what
+    `sessionscope.testing.isolated` does.
     """
-    # Imported here: pytest loads this module also where no test uses it.
+    # Imported here, because pytest loads this module even if no test uses it.
     from sessionscope.testing import isolated
 
     with ExitStack() as blocks:

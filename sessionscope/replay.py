@@ -1,4 +1,4 @@
-"""A request that can be made again: its environ, and its body."""
+"""The environ and the body of a request, recorded for a retry."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
 
 RECORD_IN_MEMORY = 1024 * 1024
-"""Bytes of a body that are kept in memory for another attempt; more go to a temporary file."""
+"""Bytes of a body that are kept in memory for a retry; more go to a temporary file."""
 
 
 class Replay:
-    """The environ and the body of a request, as they were when it came.
+    """The environ and the body of a request, as the server passed them.
 
     A body that cannot be rewound is recorded while the application reads it, so nothing is
-    read that the application does not ask for.
+    read that the application does not read.
 
-    :param environ: its ``wsgi.input`` is replaced where the body must be recorded.
+    :param environ: its ``wsgi.input`` is replaced if the body must be recorded.
     """
 
     def __init__(self, environ: WSGIEnvironment) -> None:
@@ -38,12 +38,12 @@ class Replay:
         self.at_entry = environ.copy()
 
     def is_possible(self) -> bool:
-        """Tell whether the body can be read again: the application may have closed it."""
+        """Return whether the body can be read again: the application may have closed it."""
         stream: Any = self.at_entry.get("wsgi.input")
         return not getattr(stream, "closed", False)
 
     def rewind(self) -> None:
-        """Set everything back for another attempt."""
+        """Restore the environ and rewind the body for a retry."""
         self.environ.clear()
         self.environ.update(self.at_entry)
         stream: Any = self.environ.get("wsgi.input")
@@ -52,9 +52,9 @@ class Replay:
 
 
 class Recorder:
-    """``wsgi.input`` (PEP 3333, "Input and Error Streams") over a recording.
+    """``wsgi.input`` (PEP 3333, "Input and Error Streams") that records and replays.
 
-    What it has beyond PEP 3333 is the server's.
+    Other attributes are those of the server's object.
     """
 
     def __init__(self, source: Any) -> None:
@@ -97,7 +97,7 @@ class Recorder:
         size: int | None,
         until: bytes | None = None,
     ) -> bytes:
-        """Return what is recorded, and then what the server has not given yet."""
+        """Return bytes of the recording, and when that ends, of the server."""
         size = -1 if size is None else size
         if not self.left:
             return self._keep(receive(size) if size >= 0 else receive())

@@ -1,7 +1,7 @@
-"""The response as PEP 3333 (https://peps.python.org/pep-3333/) and RFC 9110 see it.
+"""The response, by the rules of PEP 3333 (https://peps.python.org/pep-3333/) and RFC 9110.
 
-Which heads a server may refuse, after how many bytes a response is complete, and a streamed
-body that holds back the chunk that would complete it.  Nothing here knows of sessions.
+Which status and headers (together: the head) a server may reject, after how many bytes a response
+is complete, and a streamed body that holds back its last chunk.  Nothing here knows of sessions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("sessionscope")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, 9.2.1
 
 END: Any = object()
-"""What stands for a chunk when there are no more."""
+"""Returned instead of a chunk if there are no more."""
 
 _NOTHING: Any = object()
 
@@ -37,7 +37,7 @@ _DIGITS = re.compile(r"[0-9]+")
 
 
 def is_success(status: object) -> bool:
-    """Tell whether *status* is 2xx or 3xx; False for what is no status."""
+    """Return whether *status* is 2xx or 3xx; False if it is not a status line."""
     return isinstance(status, str) and status[:4] in _SUCCESS
 
 
@@ -48,14 +48,14 @@ class Head:
         self.method = method
         self.status = status
         # The application may change its list afterwards, and the server the one that it
-        # gets, so each has its own and we read a third.
+        # gets, so each has its own list, and this is a third.
         self.odd = type(headers) is not list
         self.headers: Any = list(headers) if isinstance(headers, (list, Iterator)) else headers
         self.exc_info = exc_info
         self.sent = False
 
     def may_be_refused(self) -> bool:
-        """Return whether a server may refuse the head when it gets it."""
+        """Return whether a server may reject the head."""
         if self.odd or type(self.status) is not str or not _STATUS.fullmatch(self.status):
             return True
         try:
@@ -73,7 +73,7 @@ class Head:
 
     @cached_property
     def length(self) -> int | None:
-        """After how many bytes the response is complete; None where only its end tells.
+        """The number of bytes after which the response is complete; None if it is unknown.
 
         Of several Content-Length, also in one field, the smallest counts (RFC 9110, 8.6).
         """
@@ -87,11 +87,11 @@ class Head:
                     found = [_LENGTH.fullmatch(one) for one in value.split(",")]
                     lengths += [int(one[1]) for one in found if one is not None]
         except (TypeError, ValueError, AttributeError):
-            return None  # the server shall say what it thinks of these headers
+            return None  # left to the server, which may reject these headers
         return min(lengths, default=None)
 
     def send(self, start_response: StartResponse) -> None:
-        """Give the head to the server, which may refuse it by raising."""
+        """Pass the head to the server, which may reject it by raising."""
         self.sent = True
         headers = self.headers.copy() if isinstance(self.headers, list) else self.headers
         if self.exc_info is None:
@@ -105,11 +105,11 @@ class Head:
 
 
 def is_whole(body: object, environ: WSGIEnvironment) -> bool:
-    """Tell whether iterating *body* runs none of the application's code."""
+    """Return whether iterating over *body* runs none of the application's code."""
     if isinstance(body, (list, tuple)):
         return type(body).__iter__ in (list.__iter__, tuple.__iter__)
     if not hasattr(body, "__iter__") and not hasattr(body, "__getitem__"):
-        return True  # no body at all: the server shall say so
+        return True  # no body at all: left to the server, which raises
     wrapper = environ.get("wsgi.file_wrapper")
     if isinstance(wrapper, type):
         if type(body) is not wrapper:
@@ -121,9 +121,9 @@ def is_whole(body: object, environ: WSGIEnvironment) -> bool:
 
 
 def _is_file(file: Any) -> bool:
-    """Tell whether reading *file* runs no Python code: it is a file, or a buffer in memory.
+    """Return whether reading *file* runs no Python code: it is a file, or a buffer in memory.
 
-    One of ``io``'s readers has a ``fileno()`` if what it reads from has.
+    A reader of ``io`` has a ``fileno()`` if its source has.
     """
     if type(file) is io.BytesIO:
         return True
@@ -134,42 +134,43 @@ def _is_file(file: Any) -> bool:
 
 
 def size_of(chunk: Any) -> int:
-    """Return the bytes in a chunk; what has no size is the server's to refuse, so not empty."""
+    """Return the bytes in a chunk; 1 if it has no size, so that the server gets and rejects it."""
     if isinstance(chunk, memoryview):
         return chunk.nbytes
     return len(chunk) if hasattr(chunk, "__len__") else 1
 
 
 def _keep(chunk: Any) -> Any:
-    """Return *chunk*, or a copy if the application could change it while it is held."""
+    """Return *chunk*, or a copy if the application could change it while it is held back."""
     return bytes(chunk) if isinstance(chunk, (bytearray, memoryview)) else chunk
 
 
 class Source(Protocol):
-    """Where a `StreamedBody` gets its chunks from."""
+    """The source of the chunks of a `StreamedBody`."""
 
     @property
     def head(self) -> Head | None:
-        """What was given to ``start_response`` last."""
+        """The head that was passed to ``start_response`` last."""
 
     def pull(self) -> Any:
-        """Return the next chunk; `END` when all that the chunks stand for is settled."""
+        """Return the next chunk; `END` when the body is exhausted and the work committed."""
 
     def finish(self) -> None:
         """Close the application's iterable."""
 
     def release(self) -> None:
-        """Let go of everything; may be called twice."""
+        """Release all resources; may be called twice."""
 
 
 class StreamedBody:
-    """A response that is made while it is sent.
+    """A response that is produced while it is sent.
 
-    Chunks leave as they come, but for the one that completes the Content-Length: that leaves
-    when the source has ended.  An iterator with ``close()`` and no generator, because a
-    generator that is closed before its first ``next()`` never runs its ``finally``.
+    Each chunk is passed on at once, except the one that completes the Content-Length: that is
+    passed on when the source has ended.  It is an iterator with ``close()`` rather than a
+    generator, because a generator that is closed before its first ``next()`` never runs its
+    ``finally``.
 
-    :param name: what the log calls the response.
+    :param name: returns the name of the request for the log.
     """
 
     def __init__(self, source: Source, name: Callable[[], str]) -> None:
@@ -180,7 +181,7 @@ class StreamedBody:
         self.first: Any = _NOTHING
 
     def prefetch(self) -> None:
-        """Get the first chunk that has bytes.
+        """Get the first chunk that is not empty.
 
         Inside the call of the application, because some servers take the head between the
         call and the first ``next()``.
@@ -201,7 +202,7 @@ class StreamedBody:
         return chunk  # type: ignore[no-any-return]
 
     def _advance(self) -> Any:
-        """Return the next chunk that may leave; `END` after the last."""
+        """Return the next chunk that may be sent; `END` after the last."""
         withheld = END
         while (chunk := self.source.pull()) is not END:
             head = self.source.head
@@ -225,8 +226,8 @@ class StreamedBody:
         return withheld
 
     def _log_excess(self, size: int) -> None:
-        # A server must not send what a HEAD response has in its body (RFC 9110, 9.3.2), and
-        # many applications leave dropping it to the server.
+        # A server must not send the body of a HEAD response (RFC 9110, 9.3.2), and many
+        # applications leave it to the server to drop it.
         if self.head is not None and self.head.method != "HEAD":
             log.warning("%s: %d bytes beyond the Content-Length were dropped", self.name(), size)
 
@@ -241,7 +242,7 @@ class StreamedBody:
             )
 
     def close(self) -> None:
-        """End the request: PEP 3333 has the server call this, whatever happened."""
+        """End the request.  The server calls this in any case (PEP 3333)."""
         try:
             self.first = END
             self.source.finish()

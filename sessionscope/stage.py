@@ -1,17 +1,17 @@
-"""Which session a ``scoped_session`` shows to which code.
+"""Which session a ``scoped_session`` returns to which code.
 
 A session belongs to the code of its request or ``session_scope``, wherever that runs: in
-another thread or event loop, in a greenlet, under a changing ``scopefunc``.  So what is on
-stage is kept in a context variable (PEP 567), as the top of an immutable linked list of
-nodes.  The user's ``scoped_session`` gets a `StagedRegistry`, which asks that list first and
-the user's own registry if nothing on it is of this registry.
+another thread or event loop, in a greenlet, under a changing ``scopefunc``.  The active sessions
+(the stage) are therefore kept in a context variable (PEP 567), as the top of an immutable linked
+list of nodes.  The user's ``scoped_session`` gets a `StagedRegistry`, which looks into that list
+first, and into the user's registry if no node is of this registry.
 
 The list is immutable, because tasks and threads that carry a copy of the context share its
-nodes: each opens and leaves scopes of its own and disturbs nobody.  The one change that all of
-them see is that an entry is closed; look-ups skip it then.
+nodes: the scopes that one of them opens and closes do not affect the others.  The one change
+that all of them see is that an entry is closed; look-ups skip it then.
 
-An `Entry` is what a node has on stage: the unit of work of a request or a scope, or an
-`Aside`, which hides it from code that is not the request's.
+An `Entry` is the content of a node: the unit of work of a request or a scope, or an `Aside`,
+which hides it from callbacks and observers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger("sessionscope")
 
 
 class Entry(Protocol):
-    """What may be on stage, and what the calls of a ``scoped_session`` mean to it."""
+    """What a node of the stage holds; a ``scoped_session`` calls it through its registry."""
 
     stage: StagedRegistry
     closed: bool
@@ -43,23 +43,23 @@ class Entry(Protocol):
         """Return the session for ``registry()``."""
 
     def has(self) -> bool:
-        """Tell whether there is a session that ``registry.remove()`` shall close."""
+        """Return whether there is a session that ``registry.remove()`` has to close."""
 
     def replace(self, session: Session) -> None:
-        """Show *session* from now on."""
+        """Return *session* from `show` from now on."""
 
     def clear(self) -> None:
-        """Hear of the end of ``registry.remove()``."""
+        """Handle the end of ``registry.remove()``."""
 
     def on_begin_refused(self, error: BaseException) -> None:
-        """Hear that BEGIN failed on a connection that belongs to no session yet."""
+        """Handle a BEGIN that failed on a connection that belongs to no session yet."""
 
     def on_commit_of(self, transaction: object) -> None:
-        """Hear that work of *transaction*, of whatever session, is durable or may be."""
+        """Handle a COMMIT of *transaction*, of any session, that took effect or may have."""
 
 
 class Node:
-    """A place in the list of what is on stage."""
+    """A node of the linked list of entries."""
 
     __slots__ = ("entry", "parent")
 
@@ -72,7 +72,7 @@ _active: ContextVar[Node | None] = ContextVar("sessionscope", default=None)
 
 
 def entries() -> list[Entry]:
-    """Return what is on stage for the running code, the innermost first."""
+    """Return the active entries of the running code, the innermost first."""
     found, node = [], _active.get()
     while node is not None:
         if not node.entry.closed:
@@ -89,10 +89,10 @@ def _open_node(entry: Entry) -> Node:
 
 
 class Position:
-    """Where the code of one request stands, between the calls in which it runs.
+    """The active entries of one request, between the calls in which its code runs.
 
-    ``with position:`` puts its session on stage and takes it off afterwards.  Scopes that
-    the request left open, in a generator for instance, are suspended and resumed with it.
+    ``with position:`` activates its session, and deactivates it afterwards.  Scopes that the
+    request left open, in a generator for instance, are suspended and resumed with it.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -111,9 +111,9 @@ class Position:
 
 @contextmanager
 def on_stage(entry: Entry) -> Iterator[None]:
-    """Put *entry* on stage while the block runs, for it and for what it starts.
+    """Activate *entry* for the block, and for what the block starts with its context.
 
-    Whoever calls this closes the entry afterwards.
+    The caller closes the entry afterwards.
     """
     node = _open_node(entry)
     try:
@@ -125,9 +125,11 @@ def on_stage(entry: Entry) -> Iterator[None]:
 
 
 class StagedRegistry(ScopedRegistry[Any]):
-    """The registry of a ``scoped_session``: what is on stage, or else the user's own.
+    """The registry of a ``scoped_session``: the active entry, or else the user's registry.
 
-    ``createfunc``, ``scopefunc`` and ``registry`` are those of the user's own.
+    ``createfunc``, ``scopefunc`` and ``registry`` are those of the user's registry.
+
+    :param own: the registry that the ``scoped_session`` was created with.
     """
 
     __slots__ = ("own",)
@@ -140,7 +142,7 @@ class StagedRegistry(ScopedRegistry[Any]):
     registry = property(lambda self: self.own.registry)
 
     def scope(self) -> object:
-        """Return the scope of the running code, if the user's own registry tells one apart."""
+        """Return the value of the user's ``scopefunc``; None if there is none, or it raises."""
         scopefunc = getattr(self.own, "scopefunc", None)
         try:
             return None if scopefunc is None else scopefunc()
@@ -148,11 +150,11 @@ class StagedRegistry(ScopedRegistry[Any]):
             return None
 
     def shows(self, entry: Entry) -> bool:
-        """Tell whether *entry* is of this registry."""
+        """Return whether *entry* belongs to this registry."""
         return entry.stage.own is self.own
 
     def current(self) -> Entry | None:
-        """Return what is on stage of this registry, for the running code."""
+        """Return the innermost active entry of this registry for the running code."""
         node = _active.get()
         while node is not None:
             entry = node.entry
@@ -185,11 +187,11 @@ class StagedRegistry(ScopedRegistry[Any]):
 
 
 def staged(registry: Registry) -> StagedRegistry:
-    """Return the `StagedRegistry` of *registry*, which is installed if there is none yet."""
+    """Return the `StagedRegistry` of *registry*; it is installed by the first call."""
     found = registry.registry
     if type(found) is not StagedRegistry:
         # No lock, which an interrupt could leave locked: if two threads do this at once, both
-        # make one of the same registry, and look-ups don't tell those apart.
+        # create one for the same registry, and look-ups treat the two alike.
         found = registry.registry = StagedRegistry(found)
     return found
 
@@ -198,12 +200,12 @@ _MISSING: Any = object()
 
 
 class AppContext:
-    """The context variables (PEP 567) that the application's code sees.
+    """The context variables (PEP 567) of the application.
 
-    COMMIT, ROLLBACK and callbacks run when a framework has already taken back what it had
-    set for the request.  They run in copies of the context in which the first of them was
-    due, where each variable that has returned to its value before the call has the value that
-    it had when the application called ``start_response``.
+    COMMIT, ROLLBACK and callbacks run when a framework has already reset the variables that it
+    had set for the request.  They run in copies of the context of the first of them, in which
+    each variable that has been reset to its value before the call has the value that it had
+    when the application called ``start_response``.
     """
 
     def __init__(self) -> None:
@@ -221,7 +223,7 @@ class AppContext:
         return self.at_end.copy().run(function, *args)
 
     def restored(self) -> Context:
-        """Return the current context, with what the framework has taken back."""
+        """Return the current context, with the variables that the framework has reset."""
         context = copy_context()
         for variable, value in (self.at_start_response or {}).items():
             now = context.get(variable, _MISSING)
@@ -230,7 +232,7 @@ class AppContext:
         return context
 
     def drop(self) -> None:
-        """Let go of the values."""
+        """Drop the references to the values."""
         self.before, self.at_start_response, self.at_end = Context(), None, None
 
 

@@ -1,7 +1,7 @@
 """The session of a unit of work as the application finds it in its registry.
 
-What `sessionscope.stage` asks of it: which session to show, what ``remove()`` means, and what
-the application has thrown away or put in its place.
+It tells `sessionscope.stage` which session the registry returns and what ``remove()`` does, and
+records work that the application has discarded and sessions that it has put into the registry.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 
 class StagedSession(SessionTracker):
-    """A new session of a registry, shown there to the code that it is for.
+    """A new session of a registry, which returns it to the code of one request or scope.
 
-    :param registry: makes the session.
+    :param registry: creates the session.
     :param reader: an Engine to bind the session to.
-    :param safe: that the request's method is safe (RFC 9110, 9.2.1).
-    :param watched: that the request may be repeated, so every statement is looked at.
-    :param warned: places in the application that the log has warned of.
+    :param safe: whether the request's method is safe (RFC 9110, 9.2.1).
+    :param watched: whether the request may be retried, so that every statement is inspected.
+    :param warned: messages that were logged already; each is logged once.
     """
 
     closed = False
     scope: object = None
-    """Where the session was first used for its transaction.
+    """The value of ``scopefunc`` when the session was first used for its transaction.
 
-    A ``remove()`` of another scope is not about it: Flask-SQLAlchemy calls one at the end of
-    each nested application context.
+    A ``remove()`` with another value is ignored: Flask-SQLAlchemy calls one at the end of each
+    nested application context.
     """
     removed_at: str | None = None
-    """Where ``remove()`` was called while the session held work."""
+    """File and line that called ``remove()`` while the session held work."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class StagedSession(SessionTracker):
         session = registry.session_factory()
         if reader is not None and not isinstance(session.bind, Connection):
             session.bind = reader
-        for entry in entries():  # which may be repeated, with this one in it
+        for entry in entries():  # a request around this scope may be retried
             watched |= getattr(entry, "watched", False)
         super().__init__(session, safe, watched)
         self.registry = registry
@@ -65,14 +65,14 @@ class StagedSession(SessionTracker):
         if self.removed_at is not None:
             self.warn_once(
                 f"{self.removed_at} removed a session that held work, and the application uses "
-                "the registry again: the work is kept, and the response decides; rollback() "
-                "discards it"
+                "the registry again: the work is kept, and the response decides. Delete that "
+                "line, or call rollback() to discard the work"
             )
             self.removed_at = None
         return self.seat.session or self.session
 
     def has(self) -> bool:
-        """False for the session itself, so that ``remove()`` never closes it."""
+        """Return False for the session itself, so that ``remove()`` never closes it."""
         return self.seat.session is not None
 
     def replace(self, session: Session) -> None:
@@ -82,7 +82,7 @@ class StagedSession(SessionTracker):
             self.seat.take(session)
 
     def clear(self) -> None:
-        """Keep the work on ``remove()``, unless an error has spoiled it already."""
+        """Keep the work on ``remove()``, unless an error has aborted the transaction."""
         if self.seat.session is not None:
             self.seat.leave()
             return
@@ -97,7 +97,7 @@ class StagedSession(SessionTracker):
             self.removed_at = caller()
 
     def has_failed(self) -> bool:
-        """Tell whether only ROLLBACK is left."""
+        """Return whether the transaction can only be rolled back."""
         transaction = self.transaction
         if transaction.state is State.COMMITTING and self.session.twophase:
             # The application has prepared it, unless a COMMIT was tried already.
@@ -105,9 +105,12 @@ class StagedSession(SessionTracker):
         return not self.session.is_active or transaction.is_lost()
 
     def refuse_lost_work(self) -> None:
-        """Raise `TransactionDoomed` if the application threw work away.
+        """Check that the application has not discarded work.
 
-        A safe method that only read has lost nothing; the log says so once per place.
+        A request with a safe method that only read has lost nothing: that is a warning, once
+        per place.
+
+        :raises TransactionDoomed: if work was discarded.
         """
         for sentence in self.seat.work_left():
             raise TransactionDoomed(sentence)

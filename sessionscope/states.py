@@ -1,10 +1,10 @@
-"""What can become of a transaction: the states, and what leads from one to the next.
+"""The states of a transaction, and the events that lead from one to the next.
 
 ::
 
     IDLE -> ACTIVE -> COMMITTING -> COMMITTED
                                  -> REFUSED      COMMIT raised, and nothing is durable
-                                 -> IN_DOUBT     the answer to COMMIT was lost
+                                 -> IN_DOUBT     the reply to COMMIT was lost
                    -> UNDONE                     SQLAlchemy has rolled back
                       -> FAILED                  because of a flush: the session must, too
                       -> ROLLED_BACK
@@ -12,9 +12,9 @@
                    -> DISCARDED                  the session was closed, and its work lost
                       -> ROLLED_BACK             no: Session.rollback() closed it
 
-Whether an error has aborted a transaction is no state: PostgreSQL heals one when the
-application goes back to a savepoint, so it is asked when it matters
-(`sessionscope.participants.Participant.is_lost`).
+Whether an error has aborted a transaction is not a state: on PostgreSQL a transaction recovers if
+the application rolls back to a savepoint, so that is checked when it matters, in
+`sessionscope.participants.Participant.is_lost`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from enum import Enum, auto
 from typing import Literal
 
 Action = Literal["commit", "rollback", "none", "unknown"]
-"""What `Outcome` says became of a request's session."""
+"""The outcome of a request's session, as `Outcome` has it."""
 
 
 class State(Enum):
-    """What has become of a transaction."""
+    """The state of a transaction."""
 
     __hash__ = object.__hash__  # that of Enum is written in Python
 
@@ -45,7 +45,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What happens to a transaction."""
+    """An event in the life of a transaction."""
 
     __hash__ = object.__hash__
 
@@ -59,13 +59,13 @@ class Event(Enum):
     UNDONE = auto()
     """SQLAlchemy has rolled back, by ``Session.rollback()`` or because of a flush."""
     FLUSH_FAILED = auto()
-    """It was because of a flush, and the session is of no use until ``Session.rollback()``."""
+    """SQLAlchemy has rolled back because of a flush; the session needs ``rollback()``."""
     REMOVED = auto()
     """The application called ``remove()`` after an error."""
     CLOSED = auto()
-    """The session's transaction is over."""
+    """The session's transaction has ended."""
     ROLLED_BACK = auto()
-    """It was over because of ``Session.rollback()``."""
+    """It has ended by ``Session.rollback()``."""
 
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
@@ -106,11 +106,11 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.ABANDONED: {},
     State.ROLLED_BACK: {},
 }
-"""What leads from one state to the next; any other event changes nothing."""
+"""For each state, the events that change it, and the next state."""
 
 _ACTIONS: dict[State, Action] = {State.COMMITTED: "commit", State.IN_DOUBT: "unknown"}
 
 
 def action_of(state: State) -> Action:
-    """Return what an `Outcome` says of a transaction that had begun."""
+    """Return the action that an `Outcome` reports for a transaction that had begun."""
     return _ACTIONS.get(state, "rollback")

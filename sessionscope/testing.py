@@ -1,9 +1,9 @@
-"""Tests with real requests, real commits and rollbacks, and nothing left afterwards.
+"""Tests with real requests, real commits and rollbacks, and an unchanged database afterwards.
 
-While `isolated` runs, the sessions of a registry share one connection, and one
-transaction on it that is never committed.  A COMMIT releases a savepoint and a ROLLBACK
-returns to one, so the application behaves as in production, its callbacks after the
-commit and its retries included; at the end all of it is undone::
+Inside `isolated`, the sessions of a registry share one connection, and one transaction on it
+that is never committed.  A COMMIT releases a savepoint and a ROLLBACK goes back to one, so the
+application behaves as in production, including its callbacks after the commit and its retries.
+At the end everything is undone::
 
     import webtest
     from myapp import Item, Session, application
@@ -16,23 +16,23 @@ commit and its retries included; at the end all of it is undone::
             webtest.TestApp(application).post("/items")
             assert connection.scalar(select(func.count(Item.id))) == 1
 
-`sessionscope.pytest_plugin` has a fixture that does the same.  Make the tables before.
-Rows that a request shall find come from ``Session.add()`` and ``Session.commit()`` in the
-block, or from the connection.  A ``reader=`` is left aside, so that it misses nothing.
+`sessionscope.pytest_plugin` has a fixture that does the same.  Create the tables beforehand.  Set
+up rows for a request by ``Session.add()`` and ``Session.commit()`` in the block, or through the
+connection.  A ``reader=`` is ignored, so that requests with safe methods see these rows.
 
-What one transaction cannot do:
+Limits of one transaction:
 
-- Sessions nest.  One that began before a request, and is rolled back or closed after it,
-  takes back what the request committed, and warns.  End it before, or look through the
+- Sessions nest.  A session that began before a request, and is rolled back or closed after it,
+  undoes what the request committed, with a warning.  End it before the request, or query the
   connection.
-- Threads take turns.  The requests of a real server wait for one another, where its
-  driver lets a connection change threads, which SQLite in memory by default does not.
-- What only COMMIT checks, a deferred constraint for instance, is not checked.  Isolation
-  levels can't be changed.  On PostgreSQL ``now()`` stands still.
-- What does not go through sessions is not undone; nor are sequences and auto-increments
-  of PostgreSQL and MariaDB, nor what comes before DDL on MariaDB, which commits it.
-- An error for which the database undoes its whole transaction, as MariaDB does for a
-  deadlock, undoes what the block did before, too.
+- Threads take turns: the requests of a threaded server wait for one another.  That requires a
+  driver whose connections may change threads; SQLite in memory by default does not allow it.
+- Checks at COMMIT, of a deferred constraint for instance, do not take place.  Isolation levels
+  cannot be changed.  On PostgreSQL ``now()`` stands still.
+- Work outside of the registry's sessions is not undone; nor are sequences and auto-increments of
+  PostgreSQL and MariaDB, nor work before a DDL statement on MariaDB, which commits it.
+- An error for which the database rolls back its whole transaction, as MariaDB does for a
+  deadlock, also undoes what the block did before.
 """
 
 from __future__ import annotations
@@ -52,22 +52,24 @@ Isolate = Callable[[scoped_session[Any]], Connection]
 """The type of the pytest fixture ``sessionscope_isolate``."""
 
 PATIENCE = 10.0
-"""Seconds that a session waits for those of other threads to end."""
+"""Seconds for which a session waits for those of other threads to end."""
 
-_ADVICE = "in an isolated() block a session that begins before a request must end before it"
+_ADVICE = "in an isolated() block, a session that begins before a request must end before it"
 
 
 @contextmanager
 def isolated(registry: scoped_session[Any]) -> Iterator[Connection]:
-    """Undo, at the end of the block, all that sessions of *registry* do in it.
+    """Undo, at the end of the block, everything that sessions of *registry* do in it.
 
-    Those are the sessions that its ``sessionmaker`` makes, whose other arguments stay in
-    force; each Engine of ``binds`` or of an own ``get_bind()`` gets a connection.  Sessions
-    that the registry holds before are set aside, and put back.  Blocks may be nested.
+    These are the sessions that its ``sessionmaker`` creates, with its other arguments
+    unchanged; each Engine of ``binds``, or of a subclass's ``get_bind()``, gets a connection.
+    Sessions that the registry holds before the block are set aside, and restored after it.
+    Blocks may be nested.
 
     :param registry: the ``scoped_session`` of the application and its SessionMiddleware.
-    :returns: the connection of the ``bind``; without one, that of the first of ``binds``.
-    :raises TypeError: where *registry* was not made with a ``sessionmaker``.
+    :returns: a context manager; ``as`` gives the connection of the ``bind`` or, without one, of
+        the first of ``binds``.
+    :raises TypeError: if *registry* was not created with a ``sessionmaker``.
     """
     factory, sessions = registry.session_factory, registry.registry
     if not isinstance(factory, sessionmaker):
@@ -99,7 +101,7 @@ def _first_bind(factory: sessionmaker[Any]) -> Any:
 
 
 class _Isolation:
-    """The connections of one block, and the sessions that have a savepoint on them."""
+    """The connections of one block, and the sessions that hold a savepoint on them."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
@@ -109,7 +111,7 @@ class _Isolation:
         self.commits = 0
 
     def connection_of(self, bind: Engine | Connection) -> Connection:
-        """The connection that stands for *bind*, in a transaction."""
+        """Return the connection that replaces *bind*, in a transaction."""
         connection = self.connections.get(bind)
         if connection is None:
             connection = self.begin(bind)
@@ -158,11 +160,11 @@ class _Isolation:
 
     def ended(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.parent is None and self.end(session) != self.commits:
-            message = f"this takes back what another session committed: {_ADVICE}"
+            message = f"this undoes what another session committed: {_ADVICE}"
             warnings.warn(message, stacklevel=2)
 
     def end(self, session: Session) -> int:
-        """Let the others have their turn; how many commits there were when *session* began."""
+        """Let other threads go on; return the number of commits when *session* began."""
         with self.turn:
             self.turn.notify_all()
             return self.open.pop(session, (0, self.commits))[1]
@@ -174,7 +176,7 @@ class _Isolation:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Send the BEGIN that the driver leaves out: without one, RELEASE is a COMMIT.
+    """Send the BEGIN that the driver leaves out: without it, RELEASE commits.
 
     https://www.sqlite.org/lang_savepoint.html
     """

@@ -1,4 +1,4 @@
-"""What follows a Session: `sessionscope.events` calls it when something happens."""
+"""The tracker of a Session, which `sessionscope.events` notifies."""
 
 from __future__ import annotations
 
@@ -23,38 +23,39 @@ _MARK = "_sessionscope"
 
 
 class SessionTracker:
-    """Follows the transactions of one session; `sessionscope.events` calls it.
+    """Tracks the transactions of one session; `sessionscope.events` notifies it.
 
-    :param watched: look at each statement, too.
+    :param safe: whether the request's method is safe (RFC 9110, 9.2.1).
+    :param watched: inspect each statement, too.
     """
 
     previous: Transaction | None = None
-    """The last one before `transaction` that had a connection."""
+    """The last transaction before `transaction` that had a connection."""
     ending = False
-    """Its end has begun, and what happens to the session now is our doing."""
+    """The library has begun to end the session, so its events are not the application's."""
 
     def __init__(self, session: Session, safe: bool = False, watched: bool = True) -> None:
         self.session = session
         self.safe = safe
         self.watched = watched
         self.losses: dict[str, Transaction] = {}
-        """Transactions that somebody else than us closed with work in them, by a sentence."""
+        """Transactions that the application closed while they held work, by message."""
         self.transaction = self.new_transaction()
-        """The one that began last, also when it is over; an idle one before the first."""
+        """The transaction that began last, even if it is over; an idle one before the first."""
         setattr(session, _MARK, self)
 
     def new_transaction(self) -> Transaction:
         return Transaction(self.safe, self.on_made_durable if self.watched else None)
 
     def forget_session(self) -> None:
-        """Stop following the session."""
+        """Stop tracking the session."""
         setattr(self.session, _MARK, None)
 
     def on_durable(self) -> None:
-        """Something was made durable, or may have been."""
+        """Handle work that was made durable, or may have been."""
 
     def on_made_durable(self) -> None:
-        """Tell the requests and scopes around this one, too: none may be repeated."""
+        """Notify the requests and scopes around this one, too: none must be retried."""
         self.on_durable()
         for entry in entries():
             entry.on_commit_of(None)
@@ -81,10 +82,10 @@ class SessionTracker:
         self.transaction.begin_sqlite()
 
     def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
-        """Work in *savepoint* now belongs to what it was taken in."""
+        """Handle a RELEASE: the work of *savepoint* belongs to the transaction around it."""
 
     def on_savepoint_ended(self, savepoint: SessionTransaction) -> None:
-        """*savepoint* was released, rolled back or closed."""
+        """Handle the end of *savepoint*, by RELEASE, rollback or close."""
 
     def on_flush(self) -> None:
         self.transaction.wrote = True
@@ -92,31 +93,31 @@ class SessionTracker:
             participant.on_flush()
 
     def on_pending(self) -> None:
-        """An object was added: ``close()`` drops it before it says that it closes."""
+        """Handle an added object, which ``close()`` drops before its first event."""
         self.transaction.wrote = True
 
     def on_before_commit(self) -> None:
-        """COMMIT is next, and every other hook before it has run."""
+        """Handle the last moment before COMMIT, after every other hook."""
         self.transaction.on_commit_allowed()
 
     def on_commit(self) -> None:
-        """COMMIT has returned."""
+        """Handle a COMMIT that has returned."""
         self.transaction.commit_returned = True
         self.transaction.handle(Event.COMMITTED)
 
     def on_undone(self) -> None:
-        """The database has rolled back."""
+        """Handle a rollback by SQLAlchemy."""
         self.transaction.on_undone()
 
     def on_flush_ended(self) -> None:
-        """A flush is over; if SQLAlchemy has rolled back in it, it failed."""
+        """Handle the end of a flush, which failed if SQLAlchemy has rolled back in it."""
         self.transaction.handle(Event.FLUSH_FAILED)
         error = sys.exc_info()[1]
         if isinstance(error, StaleDataError) and self.transaction.state is State.FAILED:
             self.transaction.note_error(error)  # the ORM's own: no driver has raised it
 
     def on_end(self) -> None:
-        """The session's transaction is over: committed, rolled back or closed."""
+        """Handle the end of the session's transaction, by commit, rollback or close."""
         transaction = self.transaction
         transaction.wrote = transaction.has_written()
         if transaction.wrote or transaction.has_begun():
@@ -126,42 +127,42 @@ class SessionTracker:
             self.note_loss(transaction)
 
     def note_loss(self, transaction: Transaction) -> None:
-        """Remember where a transaction was closed; of one place the worst is enough."""
+        """Record where a transaction was closed, and for each place the worst case."""
         sentence = closed_with_work(caller())
         known = self.losses.get(sentence)
         if known is None or transaction.wrote or known.state is not State.DISCARDED:
             self.losses[sentence] = transaction
 
     def lost_work(self) -> Iterator[tuple[str, Transaction]]:
-        """Iterate over the losses that ``Session.rollback()`` does not explain."""
+        """Yield the losses that ``Session.rollback()`` does not explain."""
         for sentence, transaction in self.losses.items():
             if transaction.state is State.DISCARDED:
                 yield sentence, transaction
 
     def forget_errors(self) -> None:
-        """Let go of errors, whose tracebacks lead back to here."""
+        """Drop the references to errors, whose tracebacks refer back to this object."""
         for transaction in (self.transaction, self.previous, *self.losses.values()):
             if transaction is not None:
                 transaction.error = None
 
     def on_rollback(self) -> None:
-        """It was over because of ``Session.rollback()``."""
+        """Handle ``Session.rollback()``, after the end of the transaction."""
         self.transaction.handle(Event.ROLLED_BACK)
 
 
 def tracker_of(session: Session | None) -> SessionTracker | None:
-    """Return what follows *session*, if anything does."""
+    """Return the tracker of *session*, or None."""
     tracker: SessionTracker | None = getattr(session, _MARK, None)
     return tracker
 
 
 def has_changes(session: Session) -> bool:
-    """Tell whether a flush would have something to do."""
+    """Return whether a flush would have something to do."""
     return bool(session.new or session.deleted or session.identity_map.check_modified())
 
 
 def close_quietly(session: Session) -> bool:
-    """Close *session*; False, and a line in the log, where that failed."""
+    """Close *session*; if that fails, log it and return False."""
     try:
         session.close()
     except Exception:

@@ -1,4 +1,4 @@
-"""The truth about one transaction of a session.
+"""One transaction of a session, and its state.
 
 A `Transaction` has a `Participant` for each of its connections, and a `State`, which only
 `Transaction.handle` changes.
@@ -28,21 +28,21 @@ def _nobody_asks() -> None:
 
 
 class Transaction:
-    """One transaction of a session, from its beginning to what became of it.
+    """One transaction of a session, from its beginning to its outcome.
 
-    :param safe: that the request's method is safe (RFC 9110, 9.2.1).
-    :param on_durable: called when a statement may have made work durable; None where nobody
-        needs to know, because it takes a listener on each statement.
+    :param safe: whether the request's method is safe (RFC 9110, 9.2.1).
+    :param on_durable: called when a statement may have made work durable; None if nobody needs
+        that, because it takes a listener on each statement.
     """
 
     state = State.IDLE
     error: BaseException | None = None
-    """What failed first."""
+    """The first error."""
     wrote = False
     since: float | None = None
     """When it began on a connection, in seconds of a monotonic clock."""
     commit_returned = False
-    """SQLAlchemy says so; what it is worth is another matter."""
+    """Whether SQLAlchemy reports that COMMIT returned, even if nothing was committed."""
     evidence: Evidence | None = None
 
     def __init__(self, safe: bool, on_durable: Callable[[], None] | None) -> None:
@@ -74,11 +74,11 @@ class Transaction:
             participant.begin_sqlite()
 
     def has_begun(self) -> bool:
-        """Tell whether a connection has ever been in it."""
+        """Return whether a connection has ever joined it."""
         return self.since is not None
 
     def leave(self) -> None:
-        """Let go of the connections; what became of the work stays."""
+        """Release the connections; the state stays."""
         for participant in self.participants:
             participant.leave()
         self.participants.clear()
@@ -90,31 +90,31 @@ class Transaction:
             self.error = error
 
     def is_lost(self) -> bool:
-        """Tell whether the database has given up the transaction, or a part of it."""
+        """Return whether the database has rolled back the transaction, or a part of it."""
         return any(participant.is_lost() for participant in self.participants)
 
     def check(self) -> None:
-        """Refuse to commit what the database has given up.
+        """Check that the database has kept the work.
 
-        :raises TransactionDoomed: if COMMIT would return for work that is lost.
+        :raises TransactionDoomed: if COMMIT would return although work is lost.
         """
         if self.is_lost():
-            raise swallowed("an error of the database was swallowed") from self.error
+            raise swallowed("a database error was swallowed") from self.error
 
     def has_written(self) -> bool:
-        """Tell whether it has certainly changed something."""
+        """Return whether it has certainly changed something."""
         return self.wrote or any(one.has_written() for one in self.participants)
 
     def on_commit_error(self, error: BaseException) -> None:
-        """COMMIT was sent on one of the connections, and raised *error*."""
+        """Handle *error*, raised by COMMIT on one of the connections."""
         unknown = databases.leaves_commit_unknown(error) or self.is_partly_committed()
         self.handle(Event.ANSWER_LOST if unknown else Event.REFUSED)
 
     def on_commit_raised(self, error: BaseException | None) -> None:
-        """``Session.commit()`` has raised and no driver has said why.
+        """Handle *error*, raised by ``Session.commit()``, if no driver has reported an error.
 
-        A hook refused before COMMIT was sent, or raised after it returned; errors are hidden by
-        ``skip_user_error_events``; or it was interrupted, and nobody knows how far it came.
+        A hook raised before COMMIT was sent, or after it returned; errors are hidden by
+        ``skip_user_error_events``; or COMMIT was interrupted at an unknown point.
         """
         if self.state is not State.COMMITTING:
             return
@@ -131,42 +131,42 @@ class Transaction:
             self.handle(Event.REFUSED)
 
     def on_undone(self) -> None:
-        """SQLAlchemy has rolled back, on each connection that was not committed yet."""
+        """Handle a rollback by SQLAlchemy, on each connection that was not committed yet."""
         if self.state is State.COMMITTING and self.is_partly_committed():
             self.handle(Event.ANSWER_LOST)
         else:
             self.handle(Event.UNDONE)
 
     def is_partly_committed(self) -> bool:
-        """Tell whether one of several connections was committed before another failed."""
+        """Return whether one of several connections was committed before another failed."""
         return sum(participant.commit_sent for participant in self.participants) > 1
 
     def is_commit_refused(self) -> bool:
-        """Tell whether COMMIT may have left the transaction open."""
+        """Return whether COMMIT may have left the transaction open."""
         return self.state in (State.COMMITTING, State.REFUSED)
 
     def on_commit_allowed(self) -> None:
-        """All checks have passed, so COMMIT is next."""
+        """Handle the success of all checks: COMMIT is next."""
         if len(self.participants) > 1:
             for participant in self.participants:
                 participant.watch_commit()
         self.handle(Event.ALLOWED)
 
     def resolve_doubt(self, committed: bool) -> None:
-        """Hear from the database what became of a COMMIT whose answer was lost."""
+        """Handle the database's report about a COMMIT whose reply was lost."""
         self.handle(Event.COMMITTED if committed else Event.REFUSED)
 
     def on_commit_hook_error(self) -> None:
-        """COMMIT returned, but a hook had swallowed an error meanwhile, after the last check.
+        """Handle a COMMIT that returned although a hook swallowed an error after the last check.
 
-        PostgreSQL then keeps nothing, the others what came before or after the error.
+        PostgreSQL then keeps nothing, other databases what came before or after the error.
         """
         self.commit_returned = True
         engines = {participant.connection.dialect.name for participant in self.participants}
         self.handle(Event.REFUSED if engines == {"postgresql"} else Event.ANSWER_LOST)
 
     def action(self) -> Action:
-        """Return what became of it."""
+        """Return its outcome."""
         return action_of(self.state) if self.has_begun() else "none"
 
     def seconds_open(self) -> float:
@@ -174,9 +174,9 @@ class Transaction:
         return monotonic() - self.since if self.since and self.participants else 0.0
 
     def transient_error(self, error: BaseException | None) -> BaseException | None:
-        """Return the error that the database calls transient, if there is one behind *error*.
+        """Return the transient error of the database that caused *error*, or None.
 
-        :param error: what the application raised; None if it made a response.
+        :param error: what the application raised; None if it returned a response.
         """
         noted = self.error
         # pg8000 lets through what its socket raises.
@@ -187,7 +187,7 @@ class Transaction:
 
 
 def _is_because_of(error: BaseException, noted: BaseException | None) -> bool:
-    """Tell whether *noted* is behind *error*: a listener translated it, or it was swallowed."""
+    """Return whether *noted* caused *error*: a listener translated it, or it was swallowed."""
     code = databases.error_code(error)
     if isinstance(error, PendingRollbackError) or code == databases.REPEATS_EARLIER_ERROR:
         return True
@@ -204,9 +204,13 @@ _told_of_autocommit: WeakSet[Engine] = WeakSet()
 
 
 def warn_of_autocommit(transaction: Transaction) -> None:
-    """Say, once per engine, that a ROLLBACK takes nothing back in AUTOCOMMIT."""
+    """Log, once per engine, that a ROLLBACK undoes nothing in AUTOCOMMIT."""
     for participant in transaction.participants:
         engine = participant.connection.engine
         if engine not in _told_of_autocommit and participant.is_autocommit():
             _told_of_autocommit.add(engine)
-            log.warning("%r is in AUTOCOMMIT, so a refused request keeps what it wrote", engine)
+            log.warning(
+                "%r is in AUTOCOMMIT, so a request that is rolled back keeps what it wrote; use "
+                "such an engine for reading only",
+                engine,
+            )

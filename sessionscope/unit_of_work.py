@@ -1,7 +1,7 @@
-"""One unit of work: one session from its making to its closing, and its only ends.
+"""The unit of work: one session, from its creation to its end by commit or rollback, and close.
 
-`UnitOfWork.commit`, `UnitOfWork.rollback` and `UnitOfWork.close` are called by
-`SessionMiddleware` and `session_scope`, and by nobody else.
+Only `SessionMiddleware` and `session_scope` call `UnitOfWork.commit`, `UnitOfWork.rollback` and
+`UnitOfWork.close`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class UnitOfWork(CommittingSession):
-    """The session of one request or scope, and what becomes of its work.
+    """The session of one request or session_scope, with its commit, rollback and close.
 
-    :param joinable: that a request inside may use the same session.
+    :param joinable: whether a nested `SessionMiddleware` uses the same session.
 
-    The others are those of `StagedSession` and `CommittingSession`.
+    The other parameters are those of `StagedSession` and `CommittingSession`.
     """
 
     callbacks: Callbacks | None = None
@@ -54,14 +54,14 @@ class UnitOfWork(CommittingSession):
     def commit(self) -> None:
         """Make the work durable, or raise.
 
-        :raises TransactionDoomed: if COMMIT would return for work that is lost.
-        :raises CommitOutcomeUnknown: if the answer to COMMIT was lost.
+        :raises TransactionDoomed: if COMMIT would return although the work is lost.
+        :raises CommitOutcomeUnknown: if the reply to COMMIT was lost.
         """
         self.refuse_lost_work()
         self.settle_doubt()
         transaction = self.transaction
         if transaction.state is State.ABANDONED:
-            raise swallowed("an error of the database was swallowed") from transaction.error
+            raise swallowed("a database error was swallowed") from transaction.error
         if self.session.in_transaction() and transaction.state is not State.COMMITTED:
             self.commit_session()
         else:
@@ -81,7 +81,7 @@ class UnitOfWork(CommittingSession):
             if self.session.in_transaction():
                 self.roll_back_session()
         except Exception:
-            log.exception("ROLLBACK failed")
+            log.exception("ROLLBACK failed, so the connection is discarded")
             self.discard_connections()
 
     def roll_back_session(self) -> None:
@@ -97,7 +97,7 @@ class UnitOfWork(CommittingSession):
     def extra_work(self, warning: str) -> Iterator[None]:
         """Roll back what the block does in the session, and warn if it wrote.
 
-        What was settled before stays what counts.
+        The transaction before the block remains the one that the outcome reports.
         """
         counted, previous = self.transaction, self.previous
         try:
@@ -112,14 +112,14 @@ class UnitOfWork(CommittingSession):
                 self.transaction, self.previous = counted, previous
 
     def detach_objects(self) -> None:
-        """Let go of the objects, as close() will: some servers and test clients never close."""
+        """Expunge all objects, as close() will: some servers and test clients never close."""
         try:
             self.session.expunge_all()
         except Exception:
             log.exception("a hook raised when objects were detached")
 
     def close(self) -> None:
-        """Close the session, whatever became of its work; may be called twice."""
+        """Close the session, committed or not; may be called twice."""
         if self.closed:
             return
         self.ending = True
@@ -157,7 +157,10 @@ class UnitOfWork(CommittingSession):
         self.callbacks.add(callback, self)
 
     def run_callbacks(self, committed: bool) -> None:
-        """Run what waits for the COMMIT that is done, or was not needed."""
+        """Run the callbacks that are due.
+
+        :param committed: False if no COMMIT was needed.
+        """
         if self.callbacks is None:
             return
         due = self.callbacks.due(committed)
@@ -165,8 +168,8 @@ class UnitOfWork(CommittingSession):
             return
         self.durable = True  # what callbacks do must not be done twice
         with self.extra_work(
-            "an on_commit callback worked in the session of the request, and that is rolled back: "
-            "a callback works through the registry, and commits"
+            "an on_commit callback used the session of the request, so its work is rolled back: "
+            "use a session_scope in the callback"
         ):
             self.callbacks.run(due, self.stage, self.registry.session_factory)
 
@@ -179,9 +182,9 @@ class UnitOfWork(CommittingSession):
             self.callbacks.on_savepoint_ended(savepoint)
 
     def transient_error(self, error: BaseException | None) -> BaseException | None:
-        """Return why the request may succeed when it is repeated, if it may be repeated.
+        """Return the error for which the request is to be retried; None if it must not be.
 
-        :param error: what the application raised; None if it made a response.
+        :param error: what the application raised; None if it returned a response.
         """
         if self.durable or self.action() in ("commit", "unknown"):
             return None
@@ -192,16 +195,17 @@ class UnitOfWork(CommittingSession):
 
 @contextmanager
 def session_scope(registry: Registry) -> Iterator[Session]:
-    """Run one unit of work outside HTTP, in a script or a worker.
+    """Run one unit of work without HTTP, in a script or a worker.
 
-    A new session is in *registry* while the block runs, even inside a request, whose session
-    is back afterwards.  The end of the block commits, an exception rolls back, and the session
-    is closed.  It never retries.
+    While the block runs, *registry* returns a new session, even inside a request, whose session
+    it returns again afterwards.  The end of the block commits, an exception rolls back, and the
+    session is closed.  It never retries.
 
     :param registry: a ``scoped_session``.
+    :returns: a context manager; ``as`` gives the session.
     :raises TransactionDoomed: if the block swallowed an error that undid its work, or closed
         the session while that held work.
-    :raises CommitOutcomeUnknown: if the answer to COMMIT was lost.
+    :raises CommitOutcomeUnknown: if the connection was lost during COMMIT.
     """
     unit = UnitOfWork(registry)
     try:
@@ -225,5 +229,5 @@ def session_scope(registry: Registry) -> Iterator[Session]:
 
 
 def failure_of(unit: UnitOfWork) -> str:
-    """Return what the log says of a commit that raised."""
+    """Return the log message for a commit that raised."""
     return "committed, but a hook raised" if unit.action() == "commit" else "the commit failed"

@@ -587,8 +587,8 @@ def test_what_a_callback_does_not_commit_is_warned_of(
 
     run(registry, work)
     assert names(outside) == []
-    assert "what a callback writes it must commit" in caplog.text
-    assert "a callback works through the registry" in caplog.text
+    assert "a callback or an observer must commit what it writes" in caplog.text
+    assert "an on_commit callback used the session of the request" in caplog.text
 
 
 def test_a_callback_of_a_callback_waits_for_the_next_commit(

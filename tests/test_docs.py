@@ -665,15 +665,21 @@ MODULES: list[ModuleType] = [asyncio.tasks, concurrency, flask.globals, orm.sess
 
 SAYING = {
     "CommitOutcomeUnknown",
+    "DisconnectionError",
+    "InheritedConnection",
+    "Problem",
     "RuntimeError",
     "TransactionDoomed",
+    "TypeError",
+    "ValueError",
     "exception",
+    "extra_work",
     "failure_of",
     "swallowed",
     "warn_once",
     "warning",
 }
-"""The functions whose argument somebody reads in an error or in the log."""
+"""The functions of whose arguments one is read in an error, in a response or in the log."""
 
 
 def literals(node: ast.AST) -> Iterator[str]:
@@ -719,7 +725,7 @@ def test_each_message_of_the_library_is_explained() -> None:
         for call in ast.walk(module)
         if isinstance(call, ast.Call) and call.args
         if getattr(call.func, "id", getattr(call.func, "attr", "")) in SAYING
-        for text in [next(literals(call.args[0]), "")]
+        for text in [next((text for one in call.args for text in literals(one)), "")]
         if text.strip(".: ") and not any(message in text for message in OWN) and text not in page
     ]
     assert missing == []

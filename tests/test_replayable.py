@@ -153,7 +153,7 @@ def test_a_refusal_in_autocommit_is_warned_of_once(
     for _ in range(2):
         serve_once(app, environ("POST"))
     assert names(engine) == ["x", "x"]
-    assert caplog.text.count("is in AUTOCOMMIT, so a refused request keeps what it wrote") == 1
+    assert caplog.text.count("is in AUTOCOMMIT, so a request that is rolled back keeps") == 1
     auto.dispose()
 
 
