@@ -34,7 +34,9 @@ MODULES = ["test_attack.py", "test_docs.py", "test_page.py"]
 """Modules that prepare once, for long, what all of their tests look at: one worker runs each."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests before pytest-xdist looks at their groups."""
     for item in items:
         if item.path.name in MODULES:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
