@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from time import sleep, time_ns
@@ -73,7 +73,8 @@ def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 
     A purged key counts as new: a repeat is processed again.  Requests and other purges may run
     at the same time.
 
-    :param registry: a ``scoped_session``; each batch is its own transaction.
+    :param registry: a ``scoped_session``; each batch is found in one transaction and deleted in
+        another.
     :param table: the table that `idempotency_table` returned.
     :param older_than: the minimum age of the keys to delete.
     :param batch: maximum number of rows that one transaction deletes.
@@ -85,15 +86,18 @@ def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 
     if older_than < timedelta(0) or batch < 1:
         raise ValueError("older_than must not be negative, and batch must be 1 or more")
     before = max(0, time_ns() - older_than // timedelta(microseconds=1) * 1000)
-    total = 0
+    total, kept = 0, None
     while True:
         found, deleted = _purge_patiently(registry, table, before, batch)
         total += deleted
-        if found < batch or not deleted:
+        if len(found) < batch or found == kept:
             return total
+        kept = found if deleted == 0 else None  # by the database, unless another purge was quicker
 
 
-def _purge_patiently(registry: Registry, table: Table, before: int, batch: int) -> tuple[int, int]:
+def _purge_patiently(
+    registry: Registry, table: Table, before: int, batch: int
+) -> tuple[Sequence[str], int]:
     for attempt in range(1, PURGE_ATTEMPTS):
         try:
             return _purge_batch(registry, table, before, batch)
@@ -104,16 +108,21 @@ def _purge_patiently(registry: Registry, table: Table, before: int, batch: int) 
     return _purge_batch(registry, table, before, batch)
 
 
-def _purge_batch(registry: Registry, table: Table, before: int, batch: int) -> tuple[int, int]:
-    """Delete one batch; return the number of rows found, and of those deleted."""
+def _purge_batch(
+    registry: Registry, table: Table, before: int, batch: int
+) -> tuple[Sequence[str], int]:
+    """Delete one batch; return the ids of the rows found, and the number of rows deleted."""
     is_old = table.c.created < before
     query = select(table.c.id).where(is_old).order_by(table.c.created).limit(batch)
     with session_scope(registry) as session:
         begin(session)
         found = session.scalars(query).all()
-        # Another purge may have deleted one meanwhile, and a request inserted it again.
+    # In a transaction of its own: in one with a snapshot, MariaDB raises if another purge has
+    # deleted a row meanwhile.  A request may even have inserted it again.
+    with session_scope(registry) as session:
+        begin(session)
         done: Any = session.execute(delete(table).where(table.c.id.in_(found), is_old))
-        return len(found), done.rowcount
+        return found, done.rowcount
 
 
 class Claim:
