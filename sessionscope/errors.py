@@ -49,6 +49,17 @@ def closed_with_work(place: str) -> str:
     )
 
 
+def closed_after_reading(place: str) -> str:
+    """Return the message about a line that closed the session of a request that only reads.
+
+    :param place: file and line.
+    """
+    return (
+        f"{place} closed the session while a transaction was open that had only read, so nothing "
+        "is lost. Delete that line, since the session is closed when its request ends"
+    )
+
+
 def require(condition: bool, name: str, given: object, wanted: str) -> None:
     """Check an argument.
 

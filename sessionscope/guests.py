@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from sessionscope.errors import closed_with_work
 from sessionscope.stage import Position, StagedRegistry, log
 from sessionscope.trackers import SessionTracker, close_quietly, has_changes, tracker_of
 from sqlalchemy.orm import Session
@@ -22,9 +23,9 @@ class Guest(SessionTracker):
 
     def work_left(self) -> Iterator[str]:
         """Yield a message for each piece of work that was not committed."""
-        for sentence, transaction in self.lost_work():
+        for place, transaction in self.lost_work():
             if transaction.wrote:
-                yield sentence
+                yield closed_with_work(place)
         if self.session.in_transaction() and (
             self.transaction.has_written() or has_changes(self.session)
         ):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sessionscope.errors import TransactionDoomed
+from sessionscope.errors import TransactionDoomed, closed_after_reading, closed_with_work
 from sessionscope.guests import Seat
 from sessionscope.stage import caller, entries, log, staged
 from sessionscope.states import Event, State
@@ -114,10 +114,10 @@ class StagedSession(SessionTracker):
         """
         for sentence in self.seat.work_left():
             raise TransactionDoomed(sentence)
-        for sentence, transaction in self.lost_work():
+        for place, transaction in self.lost_work():
             if transaction.wrote or not self.safe:
-                raise TransactionDoomed(sentence)
-            self.warn_once(sentence)
+                raise TransactionDoomed(closed_with_work(place))
+            self.warn_once(closed_after_reading(place))
 
     def warn_once(self, message: str) -> None:
         if message not in self.warned:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from sessionscope.errors import closed_with_work
 from sessionscope.stage import caller, entries, log
 from sessionscope.states import Event, State
 from sessionscope.transactions import Transaction
@@ -39,7 +38,7 @@ class SessionTracker:
         self.safe = safe
         self.watched = watched
         self.losses: dict[str, Transaction] = {}
-        """Transactions that the application closed while they held work, by message."""
+        """Transactions that the application closed while they held work, by place."""
         self.transaction = self.new_transaction()
         """The transaction that began last, even if it is over; an idle one before the first."""
         setattr(session, _MARK, self)
@@ -128,16 +127,16 @@ class SessionTracker:
 
     def note_loss(self, transaction: Transaction) -> None:
         """Record where a transaction was closed, and for each place the worst case."""
-        sentence = closed_with_work(caller())
-        known = self.losses.get(sentence)
+        place = caller()
+        known = self.losses.get(place)
         if known is None or transaction.wrote or known.state is not State.DISCARDED:
-            self.losses[sentence] = transaction
+            self.losses[place] = transaction
 
     def lost_work(self) -> Iterator[tuple[str, Transaction]]:
-        """Yield the losses that ``Session.rollback()`` does not explain."""
-        for sentence, transaction in self.losses.items():
+        """Yield the losses that ``Session.rollback()`` does not explain, and their places."""
+        for place, transaction in self.losses.items():
             if transaction.state is State.DISCARDED:
-                yield sentence, transaction
+                yield place, transaction
 
     def forget_errors(self) -> None:
         """Drop the references to errors, whose tracebacks refer back to this object."""
