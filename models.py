@@ -1,6 +1,4 @@
-"""The tables: items, and the keys of requests that must not be carried out twice."""
-
-from __future__ import annotations
+"""The tables: items, and the idempotency keys of requests."""
 
 from sessionscope.idempotency import idempotency_table
 from sqlalchemy import String
@@ -12,7 +10,7 @@ MAX_ID = 2**31 - 1
 MAX_NAME = 16
 """Characters in a name."""
 
-# Compared by code point on every engine, so that the names with a prefix are a range of the index.
+# Compared by code point on every database, so that names with a prefix are a range of the index.
 NAME = (
     String(MAX_NAME)
     .with_variant(String(MAX_NAME, "C"), "postgresql")
@@ -28,7 +26,7 @@ class Item(Base):
     """A named item."""
 
     __tablename__ = "items"
-    # No id is used again, not even SQLite's last one after a DELETE: clients know items by it.
+    # SQLite, too, must not use an id again after a DELETE: clients know items by their ids.
     __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
 
     id: Mapped[int] = mapped_column(primary_key=True)

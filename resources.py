@@ -1,10 +1,8 @@
-"""The item resources: what clients may ask for, and what becomes of it.
+"""The item endpoints.
 
-A handler takes a request, uses the session of the registry, and returns what shall become JSON.
-It reads columns and writes objects.  None begins, commits, rolls back or closes anything.
+A handler takes a request, uses the session of the registry, and returns what is sent as JSON.  It
+reads columns and writes objects.  It never begins, commits, rolls back or closes anything.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -35,16 +33,16 @@ FILES = [
 ]
 
 MAX_PAGE = 1000
-"""Items on a page; a longer list, if it is asked for as a whole, is streamed."""
+"""Items on a page; a longer list without a limit is streamed."""
 
 BATCH = 500
-"""Items in a chunk of a stream."""
+"""Items in each chunk of a stream."""
 
 MAX_COUNT = 10_000
-"""Rows that are counted; it takes some milliseconds."""
+"""The largest number that is counted, which takes a few milliseconds."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Unicode's default ignorable code points of the first plane, and a blank of Braille.
+# Unicode's default ignorable code points of the first plane, and the Braille blank.
 _INVISIBLE = re.compile(
     r"[\s\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8]*"
@@ -52,7 +50,7 @@ _INVISIBLE = re.compile(
 
 
 def check_text(name: str) -> str:
-    """Return *name* if it may be a part of one.
+    """Return *name*, which may be a part of a name.
 
     :raises InvalidField: if it is too long or has control characters.
     """
@@ -65,9 +63,9 @@ def check_text(name: str) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Return *name* without the blanks around it.
+    """Return *name* without whitespace around it.
 
-    :raises InvalidField: if something is wrong with the rest, or nothing of it can be seen.
+    :raises InvalidField: also if nothing of it is visible.
     """
     name = check_text(name.strip())
     if _INVISIBLE.fullmatch(name):
@@ -75,8 +73,8 @@ def clean_name(name: str) -> str:
     return name
 
 
-class NewItem(msgspec.Struct, forbid_unknown_fields=True):
-    """What a client sends to create an item, which is named after its id if need be."""
+class ItemChange(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a PATCH; a field that is left out stays as it is."""
 
     name: str | msgspec.UnsetType = msgspec.UNSET
 
@@ -85,12 +83,12 @@ class NewItem(msgspec.Struct, forbid_unknown_fields=True):
             self.name = clean_name(self.name)
 
 
-class ItemChange(NewItem):
-    """What a client sends to change an item; what is left out stays as it is."""
+class NewItem(ItemChange):
+    """The body of a POST; without a name, the item is named after its id."""
 
 
 class ItemState(msgspec.Struct, forbid_unknown_fields=True):
-    """What a client sends to replace an item."""
+    """The body of a PUT."""
 
     name: str
 
@@ -98,8 +96,8 @@ class ItemState(msgspec.Struct, forbid_unknown_fields=True):
         self.name = clean_name(self.name)
 
 
-class Filter(msgspec.Struct, forbid_unknown_fields=True):
-    """Which items are meant: those between two ids whose names begin with a prefix."""
+class Filter(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Items between two ids whose names begin with a prefix."""
 
     after: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = 0
     before: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = MAX_ID + 1
@@ -110,7 +108,7 @@ class Filter(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Selection(Filter):
-    """Which of them a list shows, and in which order."""
+    """How many of these items to list, and in which order."""
 
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 0
     order: Literal["oldest", "newest"] = "oldest"
@@ -130,16 +128,16 @@ class ItemList(msgspec.Struct):
 
 
 class Count(msgspec.Struct):
-    """How many items there are; at least so many if it is not exact."""
+    """A number of items; if it is not exact, there are more."""
 
     count: int
     exact: bool
 
 
 class Items:
-    """The item resources.
+    """The item endpoints.
 
-    :param session: the registry in which the session of the request is found.
+    :param session: the registry of the requests' sessions.
     """
 
     def __init__(self, session: scoped_session[Session]) -> None:
@@ -149,7 +147,7 @@ class Items:
         """Create an item."""
         item = Item(name=None if body.name is msgspec.UNSET else body.name)
         self.session.add(item)
-        self.session.flush()  # which gives it its id
+        self.session.flush()  # sets the id
         item.name = item.name or f"Item #{item.id}"
         return json_response(view(item), headers={"Location": below(request, item.id)})
 
@@ -172,19 +170,19 @@ class Items:
 
     def show(self, request: JSONRequest, id: int) -> ItemView:
         """Show an item."""
-        row = self.session.execute(select(Item.id, Item.name).where(Item.id == id)).first()
+        row = self.session.execute(COLUMNS.where(Item.id == id)).first()
         if row is None:
             raise HTTPError(404, "not found")
         return ItemView(*row)
 
     def replace(self, request: JSONRequest, id: int, body: ItemState) -> ItemView:
-        """Replace an item by one with another name."""
+        """Replace an item."""
         item = self.get_for_update(request, id)
         item.name = body.name
         return view(item)
 
     def change(self, request: JSONRequest, id: int, body: ItemChange) -> ItemView:
-        """Change what is given of an item."""
+        """Change the given fields of an item."""
         item = self.get_for_update(request, id)
         if body.name is not msgspec.UNSET:
             item.name = body.name
@@ -195,67 +193,62 @@ class Items:
         self.session.delete(self.get_for_update(request, id))
 
     def get_for_update(self, request: JSONRequest, id: int) -> Item:
-        """Get an item and keep rivals away from it, if it is what the client expects it to be."""
+        """Get and lock an item, if it is in the state that the client expects."""
         item = self.session.get(Item, id, with_for_update=True)
         if item is None:
             raise HTTPError(404, "not found")
-        request.require(view(item))
+        request.require_current(view(item))
         return item
 
     def fetch(self, query: Selection, count: int) -> list[ItemView]:
         """Fetch the first *count* of the items."""
         first = Item.id.desc() if query.order == "newest" else Item.id
-        statement = matching(query, select(Item.id, Item.name)).order_by(first).limit(count)
+        statement = matching(query, COLUMNS).order_by(first).limit(count)
         return [ItemView(*row) for row in self.session.execute(statement)]
 
     def batches(self, query: Selection, items: list[ItemView]) -> Iterator[list[ItemView]]:
-        """Yield *items*, and then all that come after them."""
-        # By key rather than from one cursor: no transaction stays open as long as the
-        # slowest client reads, and nothing is left to be fetched when one hangs up.  What
-        # is there all the time is listed once, as it was when its batch was read.
+        """Yield *items*, and then all that follow them."""
+        # By key rather than from one cursor: no transaction stays open while a slow client reads,
+        # and nothing is left to fetch when it disconnects.
         while items:
             yield items
             items = self.fetch(following(query, items[-1]), BATCH)
+
+
+COLUMNS = select(Item.id, Item.name)
+
+Statement = TypeVar("Statement", bound=Select[*tuple[Any, ...]])
 
 
 def view(item: Item) -> ItemView:
     return ItemView(item.id, item.name)
 
 
-Statement = TypeVar("Statement", bound=Select[*tuple[Any, ...]])
-
-
 def matching(query: Filter, statement: Statement) -> Statement:
-    """Restrict *statement* to the items that *query* means."""
+    """Restrict *statement* to the items that match *query*."""
     if query.after:
         statement = statement.where(Item.id > query.after)
     if query.before <= MAX_ID:
         statement = statement.where(Item.id < query.before)
-    if query.name:  # a range of the index, whose last name is filled up with the last character
+    if query.name:  # a range of the index, up to the prefix padded with the last character
         last = query.name.ljust(MAX_NAME, "\U0010ffff")
         statement = statement.where(Item.name.between(query.name, last))
     return statement
 
 
 def following(query: Selection, last: ItemView) -> Selection:
-    """Return the query for what comes after *last*."""
+    """Return the query for the items after *last*."""
     key = "before" if query.order == "newest" else "after"
     return msgspec.structs.replace(query, **{key: last.id})
 
 
 def next_link(query: Selection, last: ItemView) -> str:
-    """Return a Link (RFC 8288, 3) to the next page.
+    """Return a Link to the next page (RFC 8288, 3).
 
-    The reference is relative to the request's own URL (RFC 3986, 5.2.2), as the client
-    knows it: right behind any prefix and any proxy.
+    It is relative to the URL that the client used (RFC 3986, 5.2.2), so it is right behind any
+    prefix and any proxy.
     """
-    after = following(query, last)
-    fields = msgspec.structs.fields(Selection)
-    values = {field.name: getattr(after, field.name) for field in fields}
-    given = {
-        field.name: values[field.name] for field in fields if values[field.name] != field.default
-    }
-    return f'<?{urlencode(given)}>; rel="next"'
+    return f'<?{urlencode(msgspec.to_builtins(following(query, last)))}>; rel="next"'
 
 
 def make_app(
@@ -266,20 +259,20 @@ def make_app(
 ) -> Router:
     """Make the WSGI application that serves items.
 
-    :param session: the registry in which handlers find the session of the request.
-    :param probe: called for ``/readyz``, in a thread of its own; it raises if the database
-        does not serve.  By default the database is not asked.
-    :param max_body: bytes that a request's body may have; a longer one is a 413.
+    :param session: the registry of the requests' sessions.
+    :param probe: called for ``/readyz``, in its own thread; it raises if the database is not
+        available.  By default the database is not queried.
+    :param max_body: the largest number of bytes in a request's body; more is a 413.
     """
     items, health = Items(session), Health(probe)
     router = Router(max_body)
+    router.add("GET", "/{id}", items.show, etag=True)
+    router.add("PUT", "/{id}", items.replace)  # a tag would name the body that the client sent
+    router.add("PATCH", "/{id}", items.change, etag=True)
+    router.add("DELETE", "/{id}", items.delete)
     router.add("GET", "/", items.index)
     router.add("POST", "/", items.create)
     router.add("GET", "/count", items.count)
-    router.add("GET", "/{id}", items.show, etag=True)
-    router.add("PUT", "/{id}", items.replace)  # no tag: it would name what the client sent
-    router.add("PATCH", "/{id}", items.change, etag=True)
-    router.add("DELETE", "/{id}", items.delete)
     router.add("GET", "/livez", health.live)
     router.add("GET", "/readyz", health.ready)
     router.add("GET", "/healthz", health.ready)

@@ -1,15 +1,14 @@
 """Serve items: the entry point, which puts the other modules together.
 
-``python serve.py`` serves an embedded SQLite file with waitress; ``gunicorn 'serve:create_app()'``
-serves the same application.
+``python serve.py`` serves a SQLite file with waitress; ``gunicorn 'serve:create_app()'`` serves
+the same application.
 """
-
-from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 from sessionscope import SessionMiddleware
 from sessionscope.engines import make_reader
@@ -28,17 +27,14 @@ from web.origins import Origins
 from web.router import Router
 from web.waitress_server import Server
 
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIEnvironment
-
 ATTEMPTS = 5
-"""How often one request may be tried when the database says "try again"."""
+"""How often a request may be tried when the database says "try again"."""
 
 
 class Service:
-    """The WSGI application, layer by layer, and the engines beneath it.
+    """The WSGI application, layer by layer, and its engines.
 
-    :param options: as the command line has them.
+    :param options: the options of the command line.
     :raises StartError: if the database cannot be used, for example.
     """
 
@@ -57,7 +53,7 @@ class Service:
             reports.append(add_metrics(router, self.engines))
         if options.demo:
             reports.append(add_demo(router, session, options.threads).add)
-        # Its callers are not known, so a key is the same whoever sends it.
+        # Callers are anonymous, so a key means the same whoever sends it.
         once = Idempotency(router, keys, scope=lambda environ: "")
         sessions = SessionMiddleware(
             once, session, attempts=ATTEMPTS, reader=reader, confirm=True, observer=observe
@@ -75,12 +71,11 @@ class Service:
 
 
 def add_metrics(router: Router, engines: dict[str, Engine]) -> Callable[[Exchange], None]:
-    """Add ``/metrics``; return what is to be told of each exchange."""
+    """Add ``/metrics``; return the function that counts an exchange."""
     try:
         from web.metrics import TEXT, Metrics
     except ImportError as error:
         raise StartError(f"--metrics: {error}; pip install -e '.[app]'") from None
-
     metrics = Metrics(engines)
     router.add("GET", "/metrics", metrics.show, media_type=TEXT.partition(";")[0])
     return metrics.count
@@ -90,8 +85,8 @@ def create_app(database_url: str | None = None, **given: Any) -> Service:
     """Make the service.
 
     :param database_url: a SQLAlchemy URL.
-    :param given: other options, named as on the command line.  Those that are left out come
-        from the environment, as there.
+    :param given: other options, named as on the command line.  Options that are left out come
+        from the environment.
     :raises StartError: if the database cannot be used, for example.
     """
     if database_url is not None:
@@ -102,7 +97,7 @@ def create_app(database_url: str | None = None, **given: Any) -> Service:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and serve until told to stop by SIGTERM, SIGINT or SIGHUP."""
+    """Read the command line and serve until SIGTERM, SIGINT or SIGHUP."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     configure_logging(options.log_level, options.log_format)

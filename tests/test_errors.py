@@ -108,7 +108,7 @@ def test_an_unknown_outcome_is_told(caplog: pytest.LogCaptureFixture) -> None:
     headers = dict(reply.headers)
     assert headers["Commit-Outcome"] == "unknown"
     assert "Retry-After" not in headers
-    assert b"it may have been done, or not; look before you repeat it" in reply.content
+    assert b"the work may be done or not; check before you repeat it" in reply.content
     assert caplog.records[0].exc_info is not None
 
 
@@ -158,7 +158,7 @@ def test_only_other_data_is_a_conflict(rule: str, any_url: str) -> None:
         answer = service.client.post_json("/", {"name": "chair"}, status=status)
         metadata.drop_all(service.outside)
     assert answer.json["error"] == (
-        "conflict with what is stored" if status == 409 else "internal server error"
+        "conflict with existing data" if status == 409 else "internal server error"
     )
 
 
@@ -175,7 +175,7 @@ def test_a_conflict_at_commit_is_told(any_url: str, caplog: pytest.LogCaptureFix
     try:
         with service_at(any_url) as service:
             error = service.client.post("/", status=409).json["error"]
-            assert error == "conflict with what is stored"
+            assert error == "conflict with existing data"
             assert service.rows() == []
             with service.outside.begin() as connection:
                 connection.execute(sql("INSERT INTO allowed VALUES ('chair')"))

@@ -89,7 +89,7 @@ def test_a_database_that_fails_is_told(method: str, caplog: pytest.LogCaptureFix
     reply = ask(application(fail), method)
     assert reply.status == "503 Service Unavailable"
     assert dict(reply.headers)["Retry-After"] == "1"
-    content = b'{"error": "the database does not serve: ConnectionError"}\n'
+    content = b'{"error": "the database is not available: ConnectionError"}\n'
     assert reply.content == (content if method == "GET" else b"")
     assert "no such host: secret" in caplog.text
 
@@ -98,7 +98,7 @@ def test_a_database_that_hangs_keeps_nobody_waiting(probe: Probe) -> None:
     """A probe that does not return in time is a 503 that says how long it had."""
     reply = ask(application(probe, patience=0.05))
     assert reply.status == "503 Service Unavailable"
-    assert reply.content == b'{"error": "the database did not answer within 0.05 s"}\n'
+    assert reply.content == b'{"error": "the database did not respond within 0.05 s"}\n'
     assert not probe.released.is_set()
 
 

@@ -331,7 +331,7 @@ def test_a_wrong_query_is_refused(query: str, field: str, code: str, service: Se
         ("limit=1001", "limit must be 1000 or less", 1000),
         ("limit=x", "limit must be a whole number", None),
         ("order=up", "order must be oldest or newest", None),
-        ("limit=1&limit=2", "'limit' is there more than once", None),
+        ("limit=1&limit=2", "'limit' is given more than once", None),
     ],
 )
 def test_a_wrong_parameter_is_explained(

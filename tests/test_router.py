@@ -50,7 +50,7 @@ def untyped_query(request: JSONRequest, id: int, query) -> None:  # type: ignore
 @pytest.mark.parametrize(
     ("handler", "words"),
     [
-        (unannotated, "unannotated must say what it returns, None for a 204"),
+        (unannotated, "unannotated must have a return annotation, None for a 204"),
         (nameless, "nameless must have 'request' as its first parameter"),
         (wrong_name, "wrong_name must have the parameter 'id: int' of its path"),
         (text, "text must have the parameter 'id: int' of its path"),
@@ -83,7 +83,7 @@ def test_a_header_may_come_twice() -> None:
 
     def show(request: JSONRequest) -> Response:
         response = Response(200, {"Link": "<a>"}, [])
-        response.headers.add_header("Link", "<b>")
+        response.headers.append(("Link", "<b>"))
         return response
 
     router = Router()

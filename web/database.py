@@ -1,10 +1,7 @@
-"""The service's database: its tables, whether they fit, and whether it can serve."""
-
-from __future__ import annotations
+"""The service's database: create its tables, check them, and probe it."""
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 from random import randint
 from time import monotonic, sleep
 from typing import Any
@@ -28,13 +25,19 @@ from web.options import StartError
 
 log = logging.getLogger("items")
 
-REMEDY = "run `alembic upgrade head`, change the column, or use a database of its own"
+
+class WrongTable(Exception):
+    """The database has a table that the service cannot use."""
+
+    def __init__(self, difference: str) -> None:
+        remedy = "run `alembic upgrade head`, change the column, or use another database"
+        super().__init__(f"{difference}; {remedy}")
 
 
 def parse_url(text: str, option: str) -> URL:
     """Parse the URL that *option* gives.
 
-    :raises StartError: if it is none.
+    :raises StartError: if it is not a URL.
     """
     try:
         return make_url(text)
@@ -46,21 +49,21 @@ def parse_url(text: str, option: str) -> URL:
 def open_database(url: URL, *, threads: int, create: bool, wait: float) -> Engine:
     """Return the engine of a database that has the tables.
 
-    :param create: create those that are missing.
-    :param wait: seconds to wait for a database that does not serve yet.
-    :raises StartError: if it does not serve, or has other tables.
+    :param create: create missing tables.
+    :param wait: seconds to wait for a database that is not available yet.
+    :raises StartError: if it stays unavailable, or has other tables.
     """
+    engine = None
     try:
-        with ExitStack() as stack:
-            engine = make_engine(url, pool_size=threads)
-            stack.callback(engine.dispose)
-            wait_for(engine, wait)
-            if create:
-                create_tables(engine)
-            check_tables(engine)
-            stack.pop_all()
+        engine = make_engine(url, pool_size=threads)
+        wait_for(engine, wait)
+        if create:
+            create_tables(engine)
+        check_tables(engine)
         return engine
     except (SQLAlchemyError, ImportError, TypeError, WrongTable) as error:
+        if engine is not None:
+            engine.dispose()
         shown = url.render_as_string(hide_password=True)
         reason = getattr(error, "orig", None) or error
         raise StartError(
@@ -76,18 +79,14 @@ def remedy(error: Exception) -> str:
     if isinstance(error, NoSuchModuleError):
         return "; the URL must begin with sqlite:, postgresql: or mariadb:"
     if error_code(error) == "SQLITE_CANTOPEN":
-        return "; its folder must be there, and be writable"
+        return "; its folder must exist and be writable"
     if isinstance(error, DBAPIError) and is_unavailable(error):
         return "; is it running? With --wait 30 the service waits for it"
     return ""
 
 
-class WrongTable(Exception):
-    """The database has a table that the service cannot use."""
-
-
 def wait_for(engine: Engine, seconds: float) -> None:
-    """Connect; where the database does not serve yet, try again for so many seconds.
+    """Connect, and retry for some *seconds* while the database is not available.
 
     :raises sqlalchemy.exc.DBAPIError: when the time is over.
     """
@@ -104,15 +103,15 @@ def wait_for(engine: Engine, seconds: float) -> None:
 
 
 def create_tables(engine: Engine) -> None:
-    """Create the tables that are missing; safe to call from several processes at once."""
+    """Create missing tables; several processes may do so at once."""
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             # IF NOT EXISTS does not keep two sessions from creating the same table.
             connection.execute(select(func.pg_advisory_xact_lock(0x6974656D73)))
+        # MySQL, unlike MariaDB, has no IF NOT EXISTS for an index.
+        is_mysql = not getattr(engine.dialect, "is_mariadb", True)
         for table in Base.metadata.tables.values():
             connection.execute(CreateTable(table, if_not_exists=True))
-            # MySQL, other than MariaDB, has no IF NOT EXISTS for an index.
-            is_mysql = not getattr(engine.dialect, "is_mariadb", True)
             found = inspect(connection).get_indexes(table.name) if is_mysql else []
             names = {index["name"] for index in found}
             for index in [index for index in table.indexes if index.name not in names]:
@@ -122,28 +121,27 @@ def create_tables(engine: Engine) -> None:
 def check_tables(engine: Engine) -> None:
     """Compare the tables with the model.
 
-    :raises WrongTable: in words that name the column, the difference and the remedy.
+    :raises WrongTable: naming the column and the difference.
     """
-    with engine.connect() as connection:
-        found = inspect(connection)
-        for table in Base.metadata.tables.values():
-            if not found.has_table(table.name):
-                raise WrongTable(f"there is no table {table.name}; {REMEDY}")
-            columns = {column["name"]: column for column in found.get_columns(table.name)}
-            wrong = [difference(column, columns, engine.dialect) for column in table.columns]
-            wrong += [
-                f"{name} must be filled in, and the service does not know it"
-                for name in columns.keys() - table.columns.keys()
-                if not columns[name]["nullable"] and columns[name]["default"] is None
-            ]
-            for words in filter(None, wrong):
-                raise WrongTable(f"the column {table.name}.{words}; {REMEDY}")
+    found = inspect(engine)
+    for table in Base.metadata.tables.values():
+        if not found.has_table(table.name):
+            raise WrongTable(f"there is no table {table.name}")
+        columns = {column["name"]: column for column in found.get_columns(table.name)}
+        wrong = [difference(column, columns, engine.dialect) for column in table.columns]
+        wrong += [
+            f"{name} must be filled in, and the service does not know it"
+            for name in columns.keys() - table.columns.keys()
+            if not columns[name]["nullable"] and columns[name]["default"] is None
+        ]
+        for words in filter(None, wrong):
+            raise WrongTable(f"the column {table.name}.{words}")
 
 
 def difference(
     column: Column[Any], found: dict[str, ReflectedColumn], dialect: Dialect
 ) -> str | None:
-    """Return in which way a column that was *found* is not *column*; None if it will do."""
+    """Return how the column that was *found* differs from *column*; None if it will do."""
     if column.name not in found:
         return f"{column.name} is missing"
     wanted: Any = column.type.dialect_impl(dialect)
@@ -154,18 +152,19 @@ def difference(
     if length and (getattr(has, "length", None) or length) < length:
         return f"{column.name} has {has.length} characters, not {length}"
     if collation and has.collation != collation:
-        return f"{column.name} has the collation {has.collation}, not {collation}"
+        wrong = f"the collation {has.collation}, not {collation}, which migration 0002 changes"
+        return f"{column.name} has {wrong}"
     return None
 
 
 def make_probe(url: URL, reader_url: URL | None = None) -> Callable[[], None]:
     """Return a function that raises if items cannot be read or written.
 
-    It uses connections of its own, so it waits for no pool and finds none stale.  It inserts a
-    row, deletes it in the same transaction and commits, because a full disk shows only there.
+    It has its own connections, so it waits for no pool and finds none stale.  It inserts a row,
+    deletes it in the same transaction and commits, because only a COMMIT notices a full disk.
     """
     writer, reader = make_engine(url, pool_size=1), make_reader(reader_url or url, pool_size=1)
-    if reader is None:  # in memory there is no other connection, and it lives as long as we do
+    if reader is None:  # a database in memory has one connection, and lives as long as the process
         return lambda: None
 
     def probe() -> None:
@@ -181,7 +180,7 @@ def make_probe(url: URL, reader_url: URL | None = None) -> Callable[[], None]:
 
 
 def write_and_delete(engine: Engine) -> None:
-    id = -randint(1, MAX_ID)  # which no item has, and no other probe of this moment
+    id = -randint(1, MAX_ID)  # an id that no item has, nor another probe at this moment
     try:
         with engine.connect() as connection:
             if engine.dialect.name == "sqlite":
@@ -191,5 +190,5 @@ def write_and_delete(engine: Engine) -> None:
                 connection.execute(select(Item.id, Item.name).where(Item.id == id)).one()
                 connection.execute(delete(Item).where(Item.id == id))
     except OperationalError as error:
-        if not str(error_code(error)).startswith("SQLITE_BUSY"):  # somebody else is writing
+        if not str(error_code(error)).startswith("SQLITE_BUSY"):  # another process is writing
             raise

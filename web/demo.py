@@ -1,11 +1,9 @@
-"""``--demo``: a panel on the page that shows what becomes of each session, and three failures.
+"""``--demo``: a panel on the page that shows the outcome of each session, and three failures.
 
 The outcomes are sent as server-sent events (https://html.spec.whatwg.org/multipage/
-server-sent-events.html).  A stream uses no session, and ends after some seconds; the browser then
-opens another.  Where no thread is to spare it ends at once, and the panel is merely slower.
+server-sent-events.html).  A stream uses no session and ends after a few seconds, when the browser
+opens another.  If no thread can be spared, it ends at once, and the panel is only slower.
 """
-
-from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
@@ -35,7 +33,7 @@ DURATION = 4.0
 """Seconds after which a stream ends."""
 
 KEPT = 12
-"""Outcomes that are kept for those who come later."""
+"""Outcomes that are kept for streams that begin later."""
 
 PANEL = b"""  <link rel="stylesheet" href="demo.css">
   <script type="module" src="demo.js"></script>
@@ -54,7 +52,7 @@ class Shown(msgspec.Struct):
 
 
 class Outcomes:
-    """The last outcomes, and those who wait for the next.
+    """The latest outcomes, and the streams that wait for the next.
 
     :param streams: how many threads may wait at once.
     """
@@ -66,16 +64,15 @@ class Outcomes:
         self.free = Semaphore(streams)
 
     def add(self, exchange: Exchange) -> None:
-        """Keep what became of a request's session, if it used one."""
+        """Keep the outcome of a request's session, if it used one."""
         if exchange.action == "none":
             return
-        ms = round(exchange.seconds * 1000)
         shown = Shown(
             exchange.method,
             exchange.path,
             exchange.status,
             exchange.action,
-            ms,
+            round(exchange.seconds * 1000),
             exchange.attempts,
         )
         with self.changed:
@@ -84,7 +81,7 @@ class Outcomes:
             self.changed.notify_all()
 
     def stream(self, request: JSONRequest) -> Response:
-        """Send the outcomes after the last one that the client has, and those to come."""
+        """Send the outcomes that the client does not have yet, and those to come."""
         last = request.environ.get("HTTP_LAST_EVENT_ID", "")
         may_wait = bool(request.environ["wsgi.multithread"])
         number = int(last) if last.isdecimal() and len(last) < 20 else 0
@@ -105,14 +102,14 @@ class Outcomes:
                 self.free.release()
 
     def after(self, last: int, seconds: float) -> list[tuple[int, bytes]]:
-        """Return the outcomes after *last*; wait so long for one."""
+        """Return the outcomes after *last*; wait for one for some *seconds*."""
         with self.changed:
             self.changed.wait_for(lambda: self.kept and self.kept[-1][0] > last, seconds)
             return [each for each in self.kept if each[0] > last]
 
 
 class Failures:
-    """Three ways to fail after an item was added, none of which leaves it behind."""
+    """Three ways to fail after an item was added; none of them stores it."""
 
     def __init__(self, session: scoped_session[Session]) -> None:
         self.session = session
@@ -122,7 +119,7 @@ class Failures:
         self.session.flush()
 
     def conflict(self, request: JSONRequest) -> None:
-        """Respond 409."""
+        """Send a 409."""
         self.add()
         raise HTTPError(409, "a conflict, as you asked")
 
@@ -142,7 +139,7 @@ class Failures:
 
 
 def add_demo(router: Router, session: scoped_session[Session], threads: int) -> Outcomes:
-    """Add the panel to the page; return what is to be told of each exchange.
+    """Add the panel to the page; return the outcomes, to which each exchange is added.
 
     :param threads: how many requests can run at once.
     """

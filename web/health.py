@@ -1,6 +1,4 @@
-"""Health: whether the process serves, and whether its database does, within a second."""
-
-from __future__ import annotations
+"""Health: whether the process and its database serve, known within a second."""
 
 import logging
 from collections.abc import Callable
@@ -16,18 +14,18 @@ log = logging.getLogger("items")
 
 
 class Status(msgspec.Struct):
-    """That it is well."""
+    """Good health; anything else is an error."""
 
     status: str
 
 
 class Health:
-    """The resources that a load balancer or a supervisor asks.
+    """The endpoints for load balancers and supervisors.
 
-    One probe runs at a time, in a thread of its own, and serves all who ask meanwhile: a
-    database that hangs, driver and all, is asked once and keeps nobody waiting for long.
+    One probe runs at a time, in its own thread, for all requests that arrive meanwhile.  A
+    database that hangs, driver and all, is probed once and keeps nobody waiting for long.
 
-    :param probe: raises if the database does not serve; it may hang.
+    :param probe: raises if the database is not available; it may hang.
     :param patience: seconds to wait for a probe.
     """
 
@@ -38,35 +36,35 @@ class Health:
         self.latest: Future[None] | None = None
 
     def live(self, request: JSONRequest) -> Status:
-        """Tell that the process serves."""
+        """Report that the process serves."""
         return Status("ok")
 
     def ready(self, request: JSONRequest) -> Status:
-        """Tell whether the database can read and write."""
+        """Report whether the database can be read and written."""
         try:
-            self.run().result(self.patience)
+            self.current_run().result(self.patience)
         except TimeoutError:
-            reason = f"the database did not answer within {self.patience:g} s"
+            reason = f"the database did not respond within {self.patience:g} s"
         except Exception as error:
-            # Its name only: the message may tell hosts, users and files.
-            reason = f"the database does not serve: {type(error).__name__}"
+            # Its name only: the message may contain hosts, users and files.
+            reason = f"the database is not available: {type(error).__name__}"
         else:
             return Status("ok")
         raise HTTPError(503, reason, {"Retry-After": "1"})
 
-    def run(self) -> Future[None]:
-        """Return the run of the probe that is under way, or a new one."""
+    def current_run(self) -> Future[None]:
+        """Return the probe that is running; start one if there is none."""
         with self.lock:
             if self.latest is None or self.latest.done():
                 self.latest = Future()
-                Thread(target=self.execute, args=[self.latest], name="health", daemon=True).start()
+                Thread(target=self.run, args=[self.latest], name="health", daemon=True).start()
             return self.latest
 
-    def execute(self, run: Future[None]) -> None:
+    def run(self, future: Future[None]) -> None:
         try:
             self.probe()
         except BaseException as error:
-            log.warning("the database does not serve", exc_info=True)
-            run.set_exception(error)
+            log.warning("the database is not available", exc_info=True)
+            future.set_exception(error)
         else:
-            run.set_result(None)
+            future.set_result(None)

@@ -1,6 +1,4 @@
-"""The log: one line per request, with what became of its session; as text or as JSON."""
-
-from __future__ import annotations
+"""The log: one line per request, with the outcome of its session; as text or as JSON."""
 
 import json
 import logging
@@ -9,30 +7,33 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from sessionscope import Outcome
 
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
-
 log = logging.getLogger("items.access")
 
+LINE = (
+    '%(client)s "%(request)s" %(status)s %(bytes)d %(ms)s ms '
+    "%(session)s attempts=%(attempts)d id=%(id)s"
+)
+
 _ID = re.compile(r"[\w.:/+=-]{1,64}", re.ASCII)
-_KEY = "items.request_id"
+_ID_KEY = "items.request_id"
 
 
 def request_id(environ: WSGIEnvironment) -> str:
-    """Return the id of a request: that of its ``X-Request-Id``, or a new one."""
-    if _KEY not in environ:
+    """Return the id of a request: its ``X-Request-Id``, or a new one."""
+    if _ID_KEY not in environ:
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        environ[_KEY] = given if _ID.fullmatch(given) else secrets.token_hex(4)
-    return str(environ[_KEY])
+        environ[_ID_KEY] = given if _ID.fullmatch(given) else secrets.token_hex(4)
+    return str(environ[_ID_KEY])
 
 
 class Exchange:
-    """A request and its response, as far as the log and the metrics are concerned."""
+    """A request and its response, as the log and the metrics see them."""
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.began = perf_counter()
@@ -45,19 +46,11 @@ class Exchange:
         self.id = request_id(environ)
         self.status = "-"
         self.bytes = 0
-        self.outcome: Outcome | None = None
-
-    @property
-    def action(self) -> str:
-        """What became of the session: ``none`` if there was no transaction."""
-        return "none" if self.outcome is None else self.outcome.action
-
-    @property
-    def attempts(self) -> int:
-        return 0 if self.outcome is None else self.outcome.attempts
+        self.action = "none"  # until the session has an outcome
+        self.attempts = 0
 
     def fields(self) -> dict[str, object]:
-        """Return what the log tells; nothing that a client sends breaks its line or fills it."""
+        """Return the fields of the log line; no client can break or overfill it."""
         target = quote(self.path or "/", "/!$&'()*+,;=:@~", "latin-1", "replace")
         if self.query:
             target += "?" + quote(self.query, "/!$&'()*+,;=:@~?%", "latin-1", "replace")
@@ -73,19 +66,14 @@ class Exchange:
         }
 
 
-LINE = (
-    '%(client)s "%(request)s" %(status)s %(bytes)d %(ms)s ms '
-    "%(session)s attempts=%(attempts)d id=%(id)s"
-)
-
 _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 def observe(outcome: Outcome) -> None:
-    """Remember what became of a session; the *observer* of the session middleware."""
+    """Note the outcome of a session; the *observer* of the session middleware."""
     exchange = _current.get()
     if exchange is not None:
-        exchange.outcome = outcome
+        exchange.action, exchange.attempts = outcome.action, outcome.attempts
 
 
 def log_exchange(exchange: Exchange) -> None:
@@ -107,41 +95,39 @@ class AccessLog:
         exchange = Exchange(environ)
         _current.set(exchange)
 
-        def start(
-            status: str, headers: list[tuple[str, str]], *exc_info: Any
-        ) -> Callable[[bytes], object]:
+        def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
             exchange.status = status
             return start_response(status, [*headers, ("X-Request-Id", exchange.id)], *exc_info)
 
         body = self.app(environ, start)
         if not isinstance(body, list):
-            return Counted(body, exchange, self.finish)
+            return ReportedBody(body, exchange, self.report)
         exchange.bytes = sum(map(len, body))
-        self.finish(exchange)
+        self.report(exchange)
         return body
 
-    def finish(self, exchange: Exchange) -> None:
+    def report(self, exchange: Exchange) -> None:
         exchange.seconds = perf_counter() - exchange.began
         for report in self.reports:
             report(exchange)
 
 
-class Counted:
-    """A body whose bytes are counted, and whose exchange is over when it is closed."""
+class ReportedBody:
+    """A body whose bytes are counted, and whose exchange is reported when it is closed."""
 
     def __init__(
-        self, body: Iterable[bytes], exchange: Exchange, finish: Callable[[Exchange], object]
+        self, body: Iterable[bytes], exchange: Exchange, report: Callable[[Exchange], None]
     ) -> None:
         self.body = body
         self.iterator = iter(body)
         self.exchange = exchange
-        self.finish = finish
+        self.report = report
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        _current.set(self.exchange)  # a thread may send several bodies in turn
+        _current.set(self.exchange)  # one thread may send several bodies in turn
         chunk = next(self.iterator)
         self.exchange.bytes += len(chunk)
         return chunk
@@ -149,15 +135,14 @@ class Counted:
     def close(self) -> None:
         _current.set(self.exchange)
         try:
-            close = getattr(self.body, "close", None)
-            if close is not None:
-                close()
+            if hasattr(self.body, "close"):
+                self.body.close()
         finally:
-            self.finish(self.exchange)
+            self.report(self.exchange)
 
 
 class JSONFormatter(logging.Formatter):
-    """Each record as a line of JSON; the fields of an access line are members of their own."""
+    """Each record as a line of JSON, with the fields of a request as members."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {
@@ -174,7 +159,7 @@ class JSONFormatter(logging.Formatter):
 
 
 def configure_logging(level: str, form: str) -> None:
-    """Log to standard error, unless something is configured already."""
+    """Log to standard error, unless logging is configured already."""
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JSONFormatter() if form == "json" else text)

@@ -1,6 +1,4 @@
-"""``/metrics`` for Prometheus: requests, outcomes, attempts, seconds, and the pools' use."""
-
-from __future__ import annotations
+"""``/metrics`` for Prometheus: requests, session outcomes, retries, seconds, and pools."""
 
 from functools import partial
 from typing import Any
@@ -20,17 +18,17 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 class Metrics:
     """The numbers of this process.
 
-    :param engines: those whose pools are shown, by name.
+    :param engines: the engines whose pools are shown, by name.
     """
 
     def __init__(self, engines: dict[str, Engine]) -> None:
         self.registry = CollectorRegistry()
         self.requests = self.make(Counter, "items_requests", "Requests.", "method", "status")
-        self.sessions = self.make(Counter, "items_sessions", "Ends of sessions.", "action")
-        self.repeated = self.make(Counter, "items_repeated_attempts", "Attempts after the first.")
-        self.seconds = self.make(Histogram, "items_request_seconds", "Seconds of a request.")
+        self.sessions = self.make(Counter, "items_sessions", "Outcomes of sessions.", "action")
+        self.retries = self.make(Counter, "items_repeated_attempts", "Attempts after the first.")
+        self.seconds = self.make(Histogram, "items_request_seconds", "Seconds per request.")
         used = self.make(Gauge, "items_pool_connections", "Connections in use.", "engine")
-        size = self.make(Gauge, "items_pool_size", "Connections at most.", "engine")
+        size = self.make(Gauge, "items_pool_size", "Maximum number of connections.", "engine")
         for name, engine in engines.items():
             used.labels(name).set_function(partial(pool_number, engine, "checkedout"))
             size.labels(name).set_function(partial(pool_number, engine, "size"))
@@ -39,19 +37,17 @@ class Metrics:
         return kind(name, text, labels, registry=self.registry)
 
     def count(self, exchange: Exchange) -> None:
-        """Take an exchange into account when it is over."""
         method = exchange.method if exchange.method in METHODS else "other"
         self.requests.labels(method, exchange.status[:3]).inc()
         self.sessions.labels(exchange.action).inc()
-        self.repeated.inc(max(0, exchange.attempts - 1))
+        self.retries.inc(max(0, exchange.attempts - 1))
         self.seconds.observe(exchange.seconds)
 
     def show(self, request: JSONRequest) -> Response:
-        body = generate_latest(self.registry)
-        headers = {"Content-Type": TEXT, "Content-Length": str(len(body))}
-        return Response(200, {**headers, "Cache-Control": "no-cache"}, [body])
+        headers = {"Content-Type": TEXT, "Cache-Control": "no-cache"}
+        return Response(200, headers, [generate_latest(self.registry)])
 
 
 def pool_number(engine: Engine, name: str) -> int:
-    """Return a number of the pool that *engine* has now; a fork gives it a new one."""
+    """Return a number of the current pool of *engine*; a fork replaces the pool."""
     return int(getattr(engine.pool, name)())

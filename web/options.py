@@ -1,6 +1,4 @@
-"""The command line: each option may as well be an environment variable."""
-
-from __future__ import annotations
+"""The command line: every option can also be set by an environment variable."""
 
 import argparse
 import os
@@ -10,9 +8,7 @@ from sessionscope import __version__
 
 from web.router import MAX_BODY
 
-DEFAULT_URL = "sqlite:///items.db"
-
-LISTEN = "an address, the PORT alone on loopback, or unix:/PATH of a socket"
+LISTEN = "an address, a PORT alone for loopback, or unix:/PATH for a socket"
 
 
 class StartError(Exception):
@@ -20,68 +16,53 @@ class StartError(Exception):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser; what it says of defaults is the environment's, if that has a value."""
+    """Make the parser; the environment overrides the defaults that its help shows."""
     parser = argparse.ArgumentParser(
         prog="serve.py",
         description="Serve items over HTTP.",
-        epilog="Each option may be an environment variable: LOG_LEVEL stands for --log-level.",
+        epilog="Every option can be an environment variable: LOG_LEVEL stands for --log-level.",
     )
     parser.add_argument("--version", action="version", version=f"sessionscope {__version__}")
-    database = Group(parser, "database")
-    database.add("--database-url", DEFAULT_URL, "a SQLAlchemy URL", metavar="URL")
-    database.add("--reader-url", "", "where to read, a replica for instance", metavar="URL")
-    database.add_flag("--create-tables", True, "create the tables that are missing")
-    database.add("--wait", "0", "seconds to wait for the database", type=_number, metavar="N")
-    database.group.add_argument(
-        "--purge-keys",
-        type=_number,
-        metavar="DAYS",
-        help="delete the idempotency keys that are older, and exit",
-    )
-    server = Group(parser, "server")
-    server.add("--listen", "127.0.0.1:8080", LISTEN, type=_address, metavar="HOST:PORT")
+    database = parser.add_argument_group("database")
+    add(database, "--database-url", "sqlite:///items.db", "a SQLAlchemy URL", metavar="URL")
+    add(database, "--reader-url", "", "the database to read from, such as a replica", metavar="URL")
+    add_flag(database, "--create-tables", "yes", "create missing tables")
+    add(database, "--wait", "0", "seconds to wait for the database", type=_number, metavar="N")
+    purge = "delete idempotency keys that are older, and exit"
+    database.add_argument("--purge-keys", type=_number, metavar="DAYS", help=purge)
+    server = parser.add_argument_group("server")
+    add(server, "--listen", "127.0.0.1:8080", LISTEN, type=_address, metavar="HOST:PORT")
     for flag, default, text in [
-        ("--threads", "8", "requests that run at once, and connections to the database"),
-        ("--connections", "100", "clients that may be connected"),
-        ("--max-body", str(MAX_BODY), "bytes that a request's body may have"),
-        ("--idle-timeout", "60", "seconds after which a silent client is disconnected"),
-        ("--stop-timeout", "30", "seconds to finish what is running when told to stop"),
+        ("--threads", "8", "requests that run at once; each can use a database connection"),
+        ("--connections", "100", "maximum number of open client connections"),
+        ("--max-body", str(MAX_BODY), "maximum size of a request body, in bytes"),
+        ("--idle-timeout", "60", "seconds after which an idle client is disconnected"),
+        ("--stop-timeout", "30", "seconds to finish running requests on shutdown"),
     ]:
-        server.add(flag, default, text, type=_positive, metavar="N")
-    server.add("--trusted-proxy", "", "believe the X-Forwarded headers of this IP", metavar="IP")
-    server.add("--cors-origins", "", "other sites whose pages may call, as URLs", metavar="URLS")
-    log = Group(parser, "log and metrics")
+        add(server, flag, default, text, type=_positive, metavar="N")
+    add(server, "--trusted-proxy", "", "IP whose X-Forwarded headers are trusted", metavar="IP")
+    add(server, "--cors-origins", "", "other sites whose pages may call, as URLs", metavar="URLS")
+    log = parser.add_argument_group("log and metrics")
     levels = ["debug", "info", "warning", "error"]
-    log.add("--log-level", "info", "debug shows each commit and rollback", choices=levels)
-    log.add("--log-format", "text", "how a line is written", choices=["text", "json"])
-    log.add_flag("--metrics", False, "serve /metrics for Prometheus")
-    log.add_flag("--demo", False, "show on the page what becomes of each session")
+    add(log, "--log-level", "info", "debug shows each commit and rollback", choices=levels)
+    add(log, "--log-format", "text", "the format of log lines", choices=["text", "json"])
+    add_flag(log, "--metrics", "no", "serve /metrics for Prometheus")
+    add_flag(log, "--demo", "no", "show the outcome of each session on the page")
     return parser
 
 
-class Group:
-    """Options with a headline; the default of each may be in the environment."""
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self.group = parser.add_argument_group(title)
-
-    def add(self, flag: str, default: str, text: str, **more: Any) -> None:
-        shown = f" (default: {default})" if default else ""
-        value = os.environ.get(variable(flag)) or default
-        self.group.add_argument(flag, default=value, help=text + shown, **more)
-
-    def add_flag(self, flag: str, default: bool, text: str) -> None:
-        value = os.environ.get(variable(flag), "").lower()
-        self.group.add_argument(
-            flag,
-            action=argparse.BooleanOptionalAction,
-            default=value in ("1", "on", "true", "yes") if value else default,
-            help=text,
-        )
+def add(group: Any, flag: str, default: str, text: str, **more: Any) -> None:
+    shown = f" (default: {default})" if default else ""
+    group.add_argument(flag, default=environment(flag) or default, help=text + shown, **more)
 
 
-def variable(flag: str) -> str:
-    return flag[2:].upper().replace("-", "_")
+def add_flag(group: Any, flag: str, default: str, text: str) -> None:
+    value = (environment(flag) or default).lower() in ("1", "on", "true", "yes")
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=text)
+
+
+def environment(flag: str) -> str | None:
+    return os.environ.get(flag[2:].upper().replace("-", "_"))
 
 
 def _address(text: str) -> str:

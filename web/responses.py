@@ -1,24 +1,19 @@
-"""Responses: JSON, entity tags, and the one shape that every error has.
+"""Responses: JSON, streams, gzip, and the one shape that all errors have.
 
-An error is ``{"error": sentence}``.  Where fields of the body or of the query are to blame it
-also has ``errors``, which say so to programs: ``{"field": "name", "code": "too_long",
-"limit": 16}``.  WebOb's Response is not used: it makes a Location absolute, which is wrong behind
-a proxy, and takes twenty times as long.
+An error is ``{"error": sentence}``.  If fields of the body or of the query are wrong, it also has
+``errors`` for programs: ``{"field": "name", "code": "too_long", "limit": 16}``.  WebOb's Response
+is not used: it makes each Location absolute, which is wrong behind a proxy.
 """
 
-from __future__ import annotations
-
+import gzip
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from hashlib import blake2b
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
-from wsgiref.headers import Headers
+from typing import Any
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 import msgspec
-
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIEnvironment
 
 JSON = "application/json"
 
@@ -30,8 +25,11 @@ JSON_HEADERS = {
 
 STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
+SHORT = 1400
+"""Bytes that fit into one packet, compressed or not."""
 
-class FieldError(msgspec.Struct, omit_defaults=True, frozen=True):
+
+class FieldError(msgspec.Struct, omit_defaults=True):
     """What is wrong with a field of the body, or with a parameter of the query."""
 
     field: str
@@ -40,7 +38,7 @@ class FieldError(msgspec.Struct, omit_defaults=True, frozen=True):
 
 
 class Error(msgspec.Struct, omit_defaults=True):
-    """Why a request has no success, in words, by field, and by the id that the log has."""
+    """Why a request failed: in words, by field, and by its id in the log."""
 
     error: str
     errors: tuple[FieldError, ...] = ()
@@ -48,22 +46,51 @@ class Error(msgspec.Struct, omit_defaults=True):
 
 
 class Response:
-    """A WSGI response: a status, headers, and a body that is a list or a stream."""
+    """A WSGI response.
 
-    def __init__(self, status: int, headers: Mapping[str, str], body: Iterable[bytes] = ()) -> None:
+    :param body: a list, or an iterable that is streamed.
+    :param etag: a strong entity tag (RFC 9110, 8.8.3).
+    """
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        body: Iterable[bytes] = (),
+        etag: str | None = None,
+    ) -> None:
         self.status = status
-        self.headers = Headers([*headers.items()])
+        self.headers = [*headers.items()]
         self.body = body
+        self.etag = etag
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse, *exc_info: Any
     ) -> Iterable[bytes]:
-        start_response(STATUS_LINES[self.status], self.headers.items(), *exc_info)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else self.body
+        headers, body = self.headers, self.body
+        if isinstance(body, list):
+            headers = [*headers, ("Content-Length", str(sum(map(len, body))))]
+        if self.etag is not None:
+            headers = [*headers, ("ETag", self.etag)]
+        start_response(STATUS_LINES[self.status], headers, *exc_info)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else body
+
+    def compress(self, is_accepted: bool) -> None:
+        """Compress a stream, or a long body, if the client accepts it.
+
+        A response with an entity tag is left alone: a tag belongs to one encoding.
+        """
+        body, is_list = self.body, isinstance(self.body, list)
+        if self.status != 200 or self.etag or (is_list and sum(map(len, body)) <= SHORT):
+            return
+        self.headers.append(("Vary", "Accept-Encoding"))
+        if is_accepted:
+            self.headers.append(("Content-Encoding", "gzip"))
+            self.body = [gzip.compress(b"".join(body), 1)] if is_list else compress_stream(body)
 
 
 class HTTPError(Exception):
-    """Raised by a handler to respond with an error instead."""
+    """Raised by a handler to send an error."""
 
     def __init__(
         self,
@@ -75,17 +102,11 @@ class HTTPError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.headers = headers or {}
-        self.errors = errors
+        self.headers = headers
+        self.error = Error(message, errors)
 
     def response(self) -> Response:
-        return _with_body(_error_bytes(self.message, self.errors), self.status, self.headers)
-
-
-@lru_cache(maxsize=64)
-def _error_bytes(message: str, errors: tuple[FieldError, ...]) -> bytes:
-    return json_bytes(Error(message, errors))
+        return json_response(self.error, self.status, self.headers)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -96,15 +117,11 @@ def json_bytes(value: Any) -> bytes:
 def json_response(
     value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    return _with_body(json_bytes(value), status, headers or {})
-
-
-def _with_body(body: bytes, status: int, headers: Mapping[str, str]) -> Response:
-    return Response(status, {**JSON_HEADERS, "Content-Length": str(len(body)), **headers}, [body])
+    return Response(status, {**JSON_HEADERS, **(headers or {})}, [json_bytes(value)])
 
 
 def stream_json(member: str, batches: Iterable[Iterable[msgspec.Struct]]) -> Response:
-    """Send ``{member: [...]}`` batch by batch; until the last it is no JSON, if it is cut."""
+    """Stream ``{member: [...]}`` batch by batch; if it is cut, it is not JSON."""
 
     def chunks() -> Iterator[bytes]:
         separator = f'{{"{member}": ['.encode()
@@ -116,6 +133,13 @@ def stream_json(member: str, batches: Iterable[Iterable[msgspec.Struct]]) -> Res
     return Response(200, JSON_HEADERS, chunks())
 
 
+def compress_stream(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Compress *chunks* so that each can be read when it arrives."""
+    compressor = zlib.compressobj(1, wbits=31)
+    for chunk in chunks:
+        yield compressor.compress(chunk) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    yield compressor.flush()
+
+
 def etag_of(body: bytes) -> str:
-    """Return a strong entity tag (RFC 9110, 8.8.3): equal for equal bytes, and only for them."""
     return f'"{blake2b(body, digest_size=16).hexdigest()}"'

@@ -1,6 +1,6 @@
-"""The small router beneath the resources: from a WSGI request to a handler and back.
+"""A small router: from a WSGI request to a handler and back.
 
-A handler says in its signature what it takes, and what it returns::
+A handler's signature says what it takes and what it returns::
 
     class Pets:
         def rename(self, request: JSONRequest, id: int, body: NewName) -> Pet: ...
@@ -8,39 +8,30 @@ A handler says in its signature what it takes, and what it returns::
     router = Router()
     router.add("PUT", "/{id}", Pets().rename)
 
-``request`` comes first.  What the path names is a number; ``query`` and ``body`` are structs,
-read from the query string and from a body of JSON, and checked by their types.  A struct that is
-returned becomes JSON, None a 204; a `Response` is sent as it is, and an `HTTPError` may be raised.
-
-RFC 9110 (https://www.rfc-editor.org/rfc/rfc9110) is HTTP Semantics.
+``request`` comes first.  What the path names is a number.  ``query`` and ``body`` are structs: the
+query string and the JSON body, checked by their types.  A struct that is returned is sent as JSON,
+None as a 204, a `Response` as it is; a handler may raise `HTTPError`.
 """
-
-from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 import msgspec
 from webob.acceptparse import create_accept_header
 
-from web.compression import compress
-from web.requests import MERGE_PATCH, JSONRequest, precondition_failed
+from web.requests import MERGE_PATCH, SAFE_METHODS, JSONRequest
 from web.responses import JSON, HTTPError, Response, etag_of, json_response
 
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIEnvironment
-
-    Handler = Callable[..., Any]
+Handler = Callable[..., Any]
 
 MAX_BODY = 64 * 1024
-"""Bytes that a request's body may have, unless told otherwise."""
+"""The default limit of a request's body, in bytes."""
 
 MAX_NUMBER = 2**31 - 1
-"""The largest number in a path; what is beyond an INTEGER column is not found."""
-
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, 9.2.1
+"""The largest number in a path; no INTEGER column has a larger one."""
 
 _CHARSET = re.compile(r";\s*charset=[^;,]*", re.IGNORECASE)
 
@@ -48,7 +39,7 @@ _CHARSET = re.compile(r";\s*charset=[^;,]*", re.IGNORECASE)
 class Route:
     """A handler, and what its signature says.
 
-    :param etag: give successes an entity tag; for GET the preconditions are evaluated, too.
+    :param etag: add an entity tag to successful responses.
     :raises TypeError: if the signature does not fit the path.
     """
 
@@ -66,16 +57,15 @@ class Route:
                 raise TypeError(f"the handler {self.handler.__qualname__} {message}")
 
         require(parameters[:1] == ["request"], "must have 'request' as its first parameter")
-        require("return" in hints, "must say what it returns, None for a 204")
+        require("return" in hints, "must have a return annotation, None for a 204")
         for name in names:
             require(hints.get(name) is int, f"must have the parameter '{name}: int' of its path")
         for name in {"query", "body"} & {*parameters}:
             kind = hints.get(name)
             is_struct = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
             require(is_struct, f"must annotate '{name}' with a msgspec.Struct")
-        known = {"request", "query", "body", *names}
-        for name in parameters:
-            require(name in known, f"has '{name}', which is neither query, body nor in its path")
+        for name in {*parameters} - {"request", "query", "body", *names}:
+            require(False, f"has '{name}', which is neither query, body nor in its path")
 
     def respond(self, request: JSONRequest, numbers: dict[str, int], max_body: int) -> Response:
         """Call the handler with what its signature asks for."""
@@ -89,12 +79,12 @@ class Route:
             return Response(204, {})
         response = returned if isinstance(returned, Response) else json_response(returned)
         if self.etag:
-            response.headers["ETag"] = etag_of(b"".join(response.body))
+            response.etag = etag_of(b"".join(response.body))
         return response
 
 
 class Resource:
-    """What is at the paths of one pattern: for each method its routes, by media type."""
+    """A pattern of paths, with the routes of each method by media type."""
 
     def __init__(self, path: str) -> None:
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[1-9][0-9]{0,9})", re.escape(path))
@@ -103,15 +93,15 @@ class Resource:
         self.methods: dict[str, dict[str, Route]] = {}
 
     def match(self, path: str) -> dict[str, int] | None:
-        """Return the numbers in *path*; None if it is none of these paths."""
+        """Return the numbers in *path*; None if the pattern does not match."""
         found = self.pattern.fullmatch(path)
         if found is None:
             return None
         numbers = {name: int(text) for name, text in found.groupdict().items()}
-        return numbers if all(number <= MAX_NUMBER for number in numbers.values()) else None
+        return None if any(number > MAX_NUMBER for number in numbers.values()) else numbers
 
     def respond_without_route(self, method: str) -> Response:
-        """Respond to OPTIONS; refuse any other method, and name those that there are."""
+        """Respond to OPTIONS; refuse any other method, and list those that are allowed."""
         names = {*self.methods, "OPTIONS"} | ({"HEAD"} if "GET" in self.methods else set())
         headers = {"Allow": ", ".join(sorted(names))}
         if method != "OPTIONS":
@@ -124,11 +114,10 @@ class Resource:
 class Router:
     """A WSGI application that finds the handler for a path, a method and an Accept.
 
-    Paths are literal but for ``{name}``, a decimal number from 1.  HEAD is answered from GET,
-    OPTIONS from what is there, an unknown method with 405.  Only ``PATH_INFO`` is looked at, so
-    a router can be mounted anywhere.
+    Paths are literal except for ``{name}``, a decimal number from 1.  HEAD and OPTIONS need no
+    handlers of their own.  Only ``PATH_INFO`` matters, so a router can be mounted anywhere.
 
-    :param max_body: bytes that a request's body may have; a longer one is a 413.
+    :param max_body: the largest number of bytes in a request's body.
     """
 
     def __init__(self, max_body: int = MAX_BODY) -> None:
@@ -146,9 +135,9 @@ class Router:
     ) -> None:
         """Respond to *method* on *path* with *handler*.
 
-        :param media_type: what the handler returns.  Where several handlers of one method
-            differ in it the client chooses; the first one serves those who have no preference.
-        :param etag: give successes an entity tag, by which clients need not fetch them twice.
+        :param media_type: what the handler returns.  A client chooses between handlers that
+            differ in it; the first one is the default.
+        :param etag: add an entity tag to successful responses, for conditional requests.
         """
         resource = self.resources.setdefault(path, Resource(path))
         route = Route(handler, resource.names, etag)
@@ -162,48 +151,44 @@ class Router:
         return response(environ, start_response)
 
     def dispatch(self, request: JSONRequest) -> Response:
-        resource, numbers = self.match(request.environ)
+        resource, numbers = self.match(request.environ.get("PATH_INFO", ""))
         method = request.method
         routes = resource.methods.get("GET" if method == "HEAD" else method)
         if routes is None:
             return resource.respond_without_route(method)
         try:
             route = negotiate(request, routes)
-            response = route.respond(request, numbers, self.max_body)
-            response = not_modified(request, compress(request, response))
+            response = not_modified(request, route.respond(request, numbers, self.max_body))
+            response.compress(request.accepts_gzip())
         except HTTPError as error:
             response = error.response()
         if len(routes) > 1:
-            response.headers.add_header("Vary", "Accept")
+            response.headers.append(("Vary", "Accept"))
         return response
 
-    def match(self, environ: WSGIEnvironment) -> tuple[Resource, dict[str, int]]:
-        # PEP 3333: an empty path may be missing.  Some servers collapse the slashes before it.
-        path = re.sub("^(/+|$)", "/", environ.get("PATH_INFO", ""))
-        literal = self.resources.get(path)
-        if literal is not None and not literal.names:
-            return literal, {}
+    def match(self, path: str) -> tuple[Resource, dict[str, int]]:
+        # An empty path may be missing (PEP 3333), and some servers collapse leading slashes.
+        path = "/" + path.lstrip("/")
         for resource in self.resources.values():
-            numbers = resource.match(path) if resource.names else None
+            numbers = resource.match(path)
             if numbers is not None:
                 return resource, numbers
-        if not path.isascii():
-            try:
-                path.encode("latin-1").decode()  # PEP 3333, "Unicode Issues"
-            except UnicodeError:
-                raise HTTPError(400, "the path is not percent-encoded UTF-8") from None
+        try:
+            path.encode("latin-1").decode()  # PEP 3333, "Unicode Issues"
+        except UnicodeError:
+            raise HTTPError(400, "the path is not percent-encoded UTF-8") from None
         raise HTTPError(404, "not found")
 
 
 def negotiate(request: JSONRequest, routes: dict[str, Route]) -> Route:
-    """Return the route whose media type the client likes best (RFC 9110, 12.5.1).
+    """Return the route whose media type the client prefers (RFC 9110, 12.5.1).
 
     :raises HTTPError: 406 if it accepts none.
     """
     accept = request.environ.get("HTTP_ACCEPT")
     if not accept or accept == "*/*":
         return next(iter(routes.values()))
-    # Clients name a charset, which JSON has not (RFC 8259, 11).
+    # Some clients name a charset, which JSON does not have (RFC 8259, 11).
     accepted = create_accept_header(_CHARSET.sub("", accept)).acceptable_offers([*routes])
     if not accepted:
         raise HTTPError(406, f"this is available as {' or '.join(routes)} only")
@@ -211,15 +196,10 @@ def negotiate(request: JSONRequest, routes: dict[str, Route]) -> Route:
 
 
 def not_modified(request: JSONRequest, response: Response) -> Response:
-    """Leave out what the client has already (RFC 9110, 13.1.2), or does not want any more."""
-    etag = response.headers["ETag"]
-    if etag is None or request.method not in SAFE_METHODS:
+    """Return a 304 instead of a *response* that the client has already (RFC 9110, 15.4.5)."""
+    if response.etag is None or request.method not in SAFE_METHODS:
         return response
-    status = request.evaluate(etag)
-    if status == 412:
-        raise precondition_failed()
-    if status == 304:
-        kept = ("ETag", "Cache-Control", "Vary")  # RFC 9110, 15.4.5
-        found = {name: response.headers[name] for name in kept}
-        return Response(304, {name: value for name, value in found.items() if value is not None})
-    return response
+    if not request.has_representation(response.etag):
+        return response
+    kept = {name: value for name, value in response.headers if name in ("Cache-Control", "Vary")}
+    return Response(304, kept, etag=response.etag)

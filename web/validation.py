@@ -1,6 +1,4 @@
-"""What is wrong with a body or a query that can be decoded: in words, and for programs."""
-
-from __future__ import annotations
+"""What is wrong with a body or query that can be decoded: in words, and for programs."""
 
 import re
 from typing import get_args, get_type_hints

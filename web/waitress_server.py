@@ -1,12 +1,8 @@
-"""waitress, with what it lacks: refusals as ours, and an orderly stop.
+"""waitress, with JSON for the requests that it refuses, and with a graceful shutdown.
 
-All that relies on waitress's private parts is in this file: how its parser ends a request, how
-its channel closes (`handle_close`, `received`, `requests`, `request`, `total_outbufs_len`), how
-its task writes a head (`has_body`, `set_close_on_finish`), and that its loop runs on a map of
-sockets.  ``setup.py`` pins the major version, and a test fails if one of them changes.
+Everything that relies on private parts of waitress is in this file.  ``setup.py`` pins the major
+version, and a test fails if one of those parts changes.
 """
-
-from __future__ import annotations
 
 import logging
 import signal
@@ -14,7 +10,8 @@ from argparse import Namespace
 from contextlib import suppress
 from socket import SHUT_WR
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from wsgiref.types import WSGIApplication, WSGIEnvironment
 
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
@@ -26,22 +23,25 @@ from waitress.utilities import BadRequest
 from web.options import StartError
 from web.responses import HTTPError
 
-if TYPE_CHECKING:
-    from wsgiref.types import WSGIApplication, WSGIEnvironment
+log = logging.getLogger("items")
 
 DISCARDED = 64 * 2**20
-"""Bytes of a refused request that are read so that its client gets to the response."""
+"""Bytes of a refused request that are read, so that its client gets to the response."""
 
 DISCARDING = 10.0
 """Seconds that this may take."""
 
-log = logging.getLogger("items")
+REFUSALS = {
+    413: "the body is too long",
+    431: "the head of the request is too long",
+    501: "this transfer coding is not known",
+}
 
 
 class RequestParser(HTTPRequestParser):
-    """waitress's parser, which refuses as well where it would raise, or wait in vain."""
+    """A parser that refuses requests on which waitress's own raises, or waits for ever."""
 
-    # What is asked of a request whose head could not be read.
+    # For a request whose head could not be read.
     command: Any = "-"
     path: Any = "/"
     query: Any = ""
@@ -51,23 +51,16 @@ class RequestParser(HTTPRequestParser):
     def received(self, data: bytes) -> int:
         try:
             consumed: int = super().received(data)
-        except ValueError:  # a target that is no URL, or a length of thousands of digits
+        except ValueError:  # a target that is not a URL, or a length of thousands of digits
             self.error = BadRequest("The head cannot be read")
             self.completed, consumed = True, len(data)
         if self.completed:
-            self.expect_continue = False  # it would wait for a body that never comes
+            self.expect_continue = False  # or it would wait for a body that never comes
         return consumed
 
 
-REFUSALS = {
-    413: "the body is too long",
-    431: "the head of the request is too long",
-    501: "this transfer coding is not known",
-}
-
-
 class Task(WSGITask):
-    """A response: the application's, also to what the parser has refused."""
+    """A response from the application, even to a request that the parser has refused."""
 
     channel: Any
     request: Any
@@ -83,7 +76,7 @@ class Task(WSGITask):
         return environ
 
     def set_close_on_finish(self) -> None:
-        # waitress knows where a 204 and a 304 end, but looks for their Content-Length.
+        # waitress would close the connection after a 204 or 304, which have no Content-Length.
         if self.has_body or self.version != "1.1" or self.request.connection_close:
             super().set_close_on_finish()
 
@@ -91,9 +84,9 @@ class Task(WSGITask):
 class Channel(HTTPChannel):
     """A client's connection.
 
-    One that is refused while it sends must be able to finish, for many clients read nothing
-    before.  Closing with unread bytes would reset the connection, and the response with it
-    (RFC 9112, 9.6).
+    Many clients read nothing until they have sent everything, so a client that is refused while it
+    sends may finish.  Closing with unread bytes would reset the connection, and the response with
+    it (RFC 9112, 9.6).
     """
 
     parser_class = RequestParser
@@ -130,16 +123,13 @@ class Server:
 
     def __init__(self, app: WSGIApplication, options: Namespace) -> None:
         path = options.listen.removeprefix("unix:")
-        where: dict[str, Any] = {"listen": options.listen}
+        address: dict[str, Any] = {"listen": options.listen}
         if path != options.listen:
-            where = {"unix_socket": path, "unix_socket_perms": "660"}
+            address = {"unix_socket": path, "unix_socket_perms": "660"}
         if options.trusted_proxy:
             headers = {"x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
-            where |= {
-                "trusted_proxy": options.trusted_proxy,
-                "trusted_proxy_headers": headers,
-                "clear_untrusted_proxy_headers": True,
-            }
+            address |= {"trusted_proxy": options.trusted_proxy, "trusted_proxy_headers": headers}
+        self.stopping = False
         self.sockets: dict[int, Any] = {}
         try:
             self.server: Any = create_server(
@@ -148,55 +138,50 @@ class Server:
                 threads=options.threads,
                 connection_limit=options.connections,
                 channel_timeout=options.idle_timeout,
-                # waitress refuses what is far too long before it has stored it.
+                # A body that is far too long is refused before all of it is stored.
                 max_request_body_size=options.max_body + 2**20,
-                # So much of a stream waits in memory for a client slower than we are.
+                # A stream pauses when a slow client has not yet read this many bytes.
                 outbuf_high_watermark=2**19,
-                **where,
+                **address,
             )
         except (ValueError, OSError) as error:
             message = f"cannot listen on {options.listen}: {error}; choose another with --listen"
             raise StartError(message) from None
-        self.listeners = [
-            each for each in self.sockets.values() if isinstance(each, BaseWSGIServer)
-        ]
+        sockets = self.sockets.values()
+        self.listeners = [each for each in sockets if isinstance(each, BaseWSGIServer)]
         for listener in self.listeners:
             listener.channel_class = Channel
-        self.stopping = False
-        self.server.print_listen(
-            "serving on " + ("unix:{1}" if "unix_socket" in where else "http://{}:{}")
-        )
+        form = "unix:{1}" if "unix_socket" in address else "http://{}:{}"
+        self.server.print_listen(f"serving on {form}")
 
     def run(self, patience: float) -> None:
-        """Serve until SIGTERM, SIGINT or SIGHUP, and finish what has begun.
+        """Serve until SIGTERM, SIGINT or SIGHUP, then finish the requests that have begun.
 
-        waitress by itself drops the requests that it is working on.
-
-        :param patience: seconds after which even unfinished requests are left.
+        :param patience: seconds after which unfinished requests are dropped.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self.stop)
         while not self.stopping:
             wasyncore.loop(map=self.sockets, count=1)
-        log.info("stopping: no new requests, %g s for those that run", patience)
+        log.info("stopping: no new requests, %g s for running ones", patience)
         deadline = monotonic() + patience
         for listener in self.listeners:
-            wasyncore.dispatcher.close(listener)  # its own close() would stop the workers' signals
+            wasyncore.dispatcher.close(listener)  # its own close() would cut off the worker threads
         while self.close_idle() and monotonic() < deadline:
             wasyncore.loop(timeout=0.1, map=self.sockets, count=1)
         self.server.task_dispatcher.shutdown()
 
     def stop(self, number: int, _frame: object) -> None:
         self.stopping = True
-        signal.signal(number, signal.SIG_DFL)  # the second time is final
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process
         self.listeners[0].pull_trigger()
 
     def close_idle(self) -> bool:
-        """Close the connections that wait for a request; tell whether others are left."""
-        busy = False
+        """Close idle connections; return whether others are left."""
+        is_busy = False
         for channel in [each for each in self.sockets.values() if isinstance(each, HTTPChannel)]:
             if channel.requests or channel.request or channel.total_outbufs_len:
-                busy = True
+                is_busy = True
             else:
                 channel.handle_close()
-        return busy
+        return is_busy
