@@ -12,11 +12,12 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from sessionscope.engines import make_engine
 from sqlalchemy import Engine, insert, inspect, text
-from support import names
+from support import environ, names, serve_once
 
 import models
 from models import Base, Item
-from web.database import check_tables, create_tables
+from serve import create_app
+from web.database import WrongTable, check_tables, create_tables
 
 INI = Path(models.__file__).with_name("alembic.ini")
 
@@ -74,6 +75,47 @@ def test_they_take_what_the_service_has_made(fresh: Engine, any_url: str) -> Non
     command.upgrade(alembic(any_url), "head")
     assert names(fresh) == ["kept"]
     assert inspect(fresh).has_table("alembic_version")
+
+
+COLLATIONS = {
+    "postgresql": ["", 'COLLATE "und-x-icu"'],
+    "mariadb": ["COLLATE utf8mb4_general_ci", "CHARACTER SET latin1"],
+}
+
+
+def described(engine: Engine) -> list[object]:
+    """The columns and indexes of the items, with types, collations and defaults."""
+    found = inspect(engine)
+    columns = [
+        [column["name"], repr(column["type"]), column["nullable"], column["default"]]
+        for column in found.get_columns("items")
+    ]
+    return [*columns, found.get_pk_constraint("items"), found.get_indexes("items")]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("any_url", ["postgresql", "mariadb"], indirect=True)
+def test_they_change_the_collation(number: int, fresh: Engine, any_url: str) -> None:
+    """A table with another collation becomes the service's own, which then starts on it."""
+    create_tables(fresh)
+    created = described(fresh)
+    Base.metadata.drop_all(fresh)
+    name = fresh.dialect.name
+    key = "SERIAL" if name == "postgresql" else "INTEGER AUTO_INCREMENT"
+    column = f"name VARCHAR(16) {COLLATIONS[name][number]}"
+    with fresh.begin() as connection:
+        connection.execute(text(f"CREATE TABLE items (id {key} PRIMARY KEY, {column})"))
+        connection.execute(insert(Item).values(name="kept"))
+    with pytest.raises(WrongTable, match="which migration 0002 changes; run `alembic upgrade"):
+        check_tables(fresh)
+
+    command.upgrade(alembic(any_url), "head")
+
+    assert described(fresh) == created
+    service = create_app(any_url)
+    assert serve_once(service, environ("POST", "/")).content == b'{"id": 2, "name": "Item #2"}\n'
+    service.dispose()
+    assert names(fresh) == ["kept", "Item #2"]
 
 
 def test_they_can_be_undone(fresh: Engine, any_url: str) -> None:

@@ -152,8 +152,8 @@ def difference(
     if length and (getattr(has, "length", None) or length) < length:
         return f"{column.name} has {has.length} characters, not {length}"
     if collation and has.collation != collation:
-        wrong = f"the collation {has.collation}, not {collation}, which migration 0002 changes"
-        return f"{column.name} has {wrong}"
+        difference = f"the collation {has.collation}, not {collation}"
+        return f"{column.name} has {difference}, which migration 0002 changes"
     return None
 
 
