@@ -643,7 +643,7 @@ def test_what_has_changed_is_not_deleted(visit: Visit, outside: Engine) -> None:
         visitor.button("Delete lamp").click()
         rename_behind(outside, "lamp", "chair")
         visitor.button("Delete").click()
-        visitor.is_told("Someone else changed this to “\u2068chair\u2069”. Delete it all the same?")
+        visitor.is_told("Someone else changed this to “\u2068chair\u2069”. Delete it anyway?")
         expect(visitor.page.get_by_role("group", name="Delete chair?")).to_be_visible()
     assert names(outside) == ["chair"]
 
@@ -784,7 +784,7 @@ def test_the_panel_shows_outcomes(visit_demo: Visit) -> None:
 @pytest.mark.parametrize(
     ("button", "path", "status"),
     [
-        ("Answer 409", "conflict", "409 Conflict"),
+        ("Respond with 409", "conflict", "409 Conflict"),
         ("Raise an error", "error", "500 Internal Server Error"),
         ("Fail at COMMIT", "commit", "500 Internal Server Error"),
     ],

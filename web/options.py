@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(database, "--reader-url", "", "the database to read from, such as a replica", metavar="URL")
     add_flag(database, "--create-tables", "yes", "create missing tables")
     add(database, "--wait", "0", "seconds to wait for the database", type=_number, metavar="N")
-    purge = "delete idempotency keys that are older, and exit"
+    purge = "delete idempotency keys older than DAYS, and exit"
     database.add_argument("--purge-keys", type=_number, metavar="DAYS", help=purge)
     server = parser.add_argument_group("server")
     add(server, "--listen", "127.0.0.1:8080", LISTEN, type=_address, metavar="HOST:PORT")

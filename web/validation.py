@@ -7,7 +7,7 @@ import msgspec
 
 from web.responses import FieldError, HTTPError
 
-# What msgspec says; then a code, and a sentence in the words of those who call the service.
+# A message of msgspec, a code for programs, and a sentence for the clients of the service.
 _RULES = [
     (r"Object contains unknown field `(?P<field>.*)`", "unknown", "{field!r} is unknown"),
     (r"Object missing required field `(?P<field>\w+)`", "required", "{field} is required"),
@@ -23,7 +23,7 @@ _KINDS = {"str": "text", "int": "a whole number", "object": "an object"}
 
 
 class InvalidField(ValueError):
-    """Raised by a struct's ``__post_init__`` to refuse one of its members."""
+    """Raised by a struct's ``__post_init__`` to reject a field."""
 
     def __init__(self, message: str, field: str, code: str, limit: int | None = None) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class InvalidField(ValueError):
 
 
 def invalid(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> HTTPError:
-    """Return the 422 for what is not a *kind*."""
+    """Return the 422 for data that is not a valid *kind*."""
     cause = error.__cause__
     if isinstance(cause, InvalidField):
         return HTTPError(422, str(cause), errors=(cause.field_error,))

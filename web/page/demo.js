@@ -1,4 +1,4 @@
-/** The panel that `--demo` adds: what becomes of each session, and three ways to fail. */
+/** The panel that `--demo` adds: the outcome of each session, and three ways to fail. */
 
 import { call, load } from "./page.js";
 
@@ -6,7 +6,7 @@ const KEPT = 8;
 let [lastKind, lastReads] = ["", 0];
 
 const failures = {
-  conflict: "Answer 409",
+  conflict: "Respond with 409",
   error: "Raise an error",
   commit: "Fail at COMMIT",
 };
@@ -28,7 +28,7 @@ const panel = make(
   "section",
   { id: "sessions" },
   make("h2", { id: "sessions-heading" }, "Sessions"),
-  make("p", {}, "What became of each request’s session. These requests add an item, and then:"),
+  make("p", {}, "The outcome of each request’s session. These buttons add an item, then fail:"),
   make("div", { className: "buttons" }, ...buttons),
   told,
   outcomes,
@@ -49,7 +49,7 @@ async function fail(name) {
   load();
 }
 
-/** Show an outcome; those of reads that follow each other share a line. */
+/** Show an outcome; consecutive reads share a line. */
 function show({ method, path, status, action, ms, attempts }) {
   const kind = `${method} ${action}`;
   const reads = method === "GET" && lastKind === kind ? lastReads + 1 : 1;

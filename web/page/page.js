@@ -1,8 +1,8 @@
-/** The page for people: it shows the items in pages, and adds, renames and deletes them. */
+/** The page: it shows the items in pages, and adds, renames and deletes them. */
 
 const LIMIT = 20; // items on one page
 const PATIENCE = 30_000; // milliseconds to wait for a response
-const PAUSES = [1, 2, 4, 8]; // seconds before a request is repeated; the last of them for good
+const PAUSES = [1, 2, 4, 8]; // seconds before a request is retried; the last one from then on
 const FIELDS = { name: /./, order: /^newest$/, after: /^\d+$/, before: /^\d+$/ }; // of the address
 
 const find = (selector, within = document) => within.querySelector(selector);
@@ -12,15 +12,15 @@ const [list, heading, previous, next] = byId("list", "heading", "previous", "nex
 const [search, prefix, order, empty] = byId("search", "prefix", "order", "empty");
 
 let shown = new Map(); // the rows on this page, by the id of the item
-let loading = new AbortController(); // ends the reading of a page when another is wanted
-let pending = {}; // what is being added, and the key by which it is added once
-const troubled = new Set(); // requests that are being repeated
+let loading = new AbortController(); // stops loading a page when another is requested
+let pending = {}; // the item being added, and the key that adds it once
+const troubled = new Set(); // requests that are being retried
 
 const quote = (name) => `“\u2068${name ?? ""}\u2069”`; // isolated, whatever its direction
 const format = (number) => number.toLocaleString("en");
 const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}.`;
 
-/** Why something was not done, in words for the user; *facts* are status, invalid and stale. */
+/** Why something failed, in words for the user; *facts* are status, invalid and stale. */
 class Problem extends Error {
   constructor(message, facts) {
     super(message);
@@ -30,7 +30,7 @@ class Problem extends Error {
 
 // Requests
 
-/** Make a request until it succeeds or is refused: its JSON and its headers, or a Problem. */
+/** Retry a request until it succeeds or is refused: return its JSON and headers, or throw a Problem. */
 export async function call(method, path, { body, etag, key, signal } = {}) {
   const headers = { Accept: "application/json" };
   if (body) headers["Content-Type"] = "application/json";
@@ -44,7 +44,7 @@ export async function call(method, path, { body, etag, key, signal } = {}) {
       const request = { method, headers, body: JSON.stringify(body) };
       const { status, content, headers: received } = await attempt(path, request, ended);
       if (status < 300) return { content, headers: received };
-      if (status === 404 && method === "DELETE" && repeats) return {}; // an earlier one did it
+      if (status === 404 && method === "DELETE" && repeats) return {}; // an earlier attempt did it
       if (!canRepeat(status, received, key)) throw refusal(status, content);
       waiting.message = content.error ?? content.title;
       await pause(waiting, PAUSES[Math.min(repeats, PAUSES.length - 1)], ended);
@@ -55,7 +55,7 @@ export async function call(method, path, { body, etag, key, signal } = {}) {
   }
 }
 
-/** Send a request once; what does not respond is like a 503. */
+/** Send a request once; no response counts as a 503. */
 async function attempt(path, request, ended) {
   try {
     const signal = AbortSignal.any([ended, AbortSignal.timeout(PATIENCE)]);
@@ -70,7 +70,7 @@ async function attempt(path, request, ended) {
   }
 }
 
-/** Whether the same request may succeed later, and does no harm if it already has. */
+/** Whether a retry may succeed, and does no harm if the request has succeeded already. */
 function canRepeat(status, headers, key) {
   if (status === 409) return key && headers.has("Retry-After"); // its first attempt still runs
   return [502, 503, 504].includes(status);
@@ -86,7 +86,7 @@ function stopped(method) {
   return new Problem("The service has not confirmed this. It is safe to try again.", { stale: true });
 }
 
-/** Wait before a request is repeated, and tell the user. */
+/** Wait before a retry, and tell the user. */
 function pause(waiting, seconds, ended) {
   return new Promise((resolve, reject) => {
     waiting.resume = resolve;
@@ -105,15 +105,15 @@ function showTrouble() {
 
 const resume = () => troubled.forEach((waiting) => waiting.resume());
 
-/** A value that nobody else makes up; `randomUUID` is there on secure sites only. */
+/** A unique value; `randomUUID` exists on secure sites only. */
 function newKey() {
   if (crypto.randomUUID) return crypto.randomUUID();
   return crypto.getRandomValues(new Uint32Array(4)).join("-");
 }
 
-// What is said, and where
+// Messages
 
-/** Do *task*; what goes wrong is told at *place*. */
+/** Do *task*; show a failure at *place*. */
 async function act(place, task) {
   place.ariaBusy = "true";
   announce("");
@@ -122,7 +122,7 @@ async function act(place, task) {
   place.ariaBusy = "false";
 }
 
-/** Do *task* with what is typed when *form* is submitted; a double click is one wish. */
+/** Do *task* with the input when *form* is submitted; a double click counts once. */
 function onSubmit(form, place, task) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -149,7 +149,7 @@ function tell(place, message, invalid = false) {
   if (invalid) moveFocus(place, field);
 }
 
-/** Say what has been done; what was said before is no longer to be shown. */
+/** Say what has been done, instead of what was said before. */
 function announce(message) {
   news.textContent = message;
   reveal.hidden = true;
@@ -161,7 +161,7 @@ function moveFocus(from, to) {
   if (from.contains(focused) || focused === document.body) to.focus();
 }
 
-// The list, which is what the address says
+// The list, which follows the address
 
 function address() {
   const given = new URLSearchParams(location.search);
@@ -177,7 +177,7 @@ function encode(fields) {
   return String(new URLSearchParams(entries));
 }
 
-/** Show another page: the first that these fields name, or a later one. */
+/** Show another page, which these fields describe. */
 function go(fields, change = "pushState") {
   const url = new URL(location);
   url.search = encode(fields);
@@ -185,14 +185,14 @@ function go(fields, change = "pushState") {
   return follow();
 }
 
-/** Show what the address says, in the form for searching, too. */
+/** Show what the address says, also in the search form. */
 function follow() {
   const { name, order: direction } = address();
   [prefix.value, order.value] = [name, direction];
   return load();
 }
 
-/** Show the page that the address names; a row that stays keeps what is typed in it. */
+/** Show the page that the address names; a row that stays keeps its input. */
 export async function load() {
   loading.abort();
   loading = new AbortController();
@@ -202,7 +202,7 @@ export async function load() {
   try {
     const page = await read(fields, signal);
     if (page.items.length === 0 && (fields.after || fields.before) && page.total.count) {
-      const { name, order: direction, after, before } = fields; // all of it has been deleted
+      const { name, order: direction, after, before } = fields; // the page has been deleted
       const edge = direction === "newest" ? before - 1 : Number(after) + 1;
       return await go(await pageBefore(name, direction, edge, signal), "replaceState");
     }
@@ -215,7 +215,7 @@ export async function load() {
   }
 }
 
-/** Read a page, how many items there are, and how many of them come before it. */
+/** Load a page, the number of items, and the number of items before the page. */
 async function read(fields, signal) {
   const get = (path) => call("GET", path, { signal });
   const { name } = fields;
@@ -233,7 +233,7 @@ async function read(fields, signal) {
   return { items, total, position, isLast };
 }
 
-/** The fields of the page that ends right before the item *id*. */
+/** The fields of the page that ends just before the item *id*. */
 async function pageBefore(name, direction, id, signal) {
   const [opposite, beyond, key] =
     direction === "newest" ? ["", "after", "before"] : ["newest", "before", "after"];
@@ -269,7 +269,7 @@ function describe(total, position, length) {
   return `${format(first)}${last > first ? `–${format(last)}` : ""} of ${all}`;
 }
 
-/** Show another page; the focus stays on *button* while it is of use there. */
+/** Show another page; the focus stays on *button* while it is enabled. */
 function turn(button, other, fields) {
   act(list, async () => {
     await go(await fields());
@@ -289,10 +289,10 @@ class Row {
     find("[role=alert]", this.element).id = `error-${id}`;
     this.input.setAttribute("aria-describedby", `error-${id}`);
     this.offer("rename", "Save again to overwrite.", (form, name) => this.rename(form, name));
-    this.offer("delete", "Delete it all the same?", () => this.delete());
+    this.offer("delete", "Delete it anyway?", () => this.delete());
   }
 
-  /** Let a button open its form, which does *task* or is left as if it had not been opened. */
+  /** Let a button open its form, which does *task* or is cancelled. */
   offer(kind, advice, task) {
     const opener = find(`button.${kind}`, this.element);
     const form = find(`form.${kind}`, this.element);
@@ -341,12 +341,12 @@ class Row {
     load();
   }
 
-  /** Change the item, but only while it still is what the user sees. */
+  /** Change the item, unless it is no longer what the user sees. */
   async change(method, options) {
     try {
       return await call(method, this.path, { ...options, etag: await this.etag() });
     } catch (problem) {
-      if (problem.status === 412) await this.etag(); // which says what it has become
+      if (problem.status === 412) await this.etag(); // which shows its current state
       if (problem.status !== 404) throw problem;
       throw new Problem(`${quote(this.name)} has already been deleted.`, { stale: true });
     }
@@ -375,7 +375,7 @@ onSubmit(add, add, async (name) => {
   });
 });
 
-/** The fields of the page that has the newest item, whatever was searched for. */
+/** The fields of the page with the newest item, regardless of the search. */
 function pageOf(id) {
   const { order: direction } = address();
   return direction === "newest" ? { order: direction } : pageBefore("", "", id + 1);
@@ -392,7 +392,7 @@ function preceding() {
   return pageBefore(name, direction, [...shown.keys()].at(0));
 }
 
-/** Show the first page of what the form for searching says. */
+/** Show the first page of the search. */
 function look() {
   const fields = { name: prefix.value.trim(), order: order.value };
   act(list, () => go(fields));
