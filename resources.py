@@ -144,7 +144,6 @@ class Items:
         self.session = session
 
     def create(self, request: JSONRequest, body: NewItem) -> Response:
-        """Create an item."""
         item = Item(name=None if body.name is msgspec.UNSET else body.name)
         self.session.add(item)
         self.session.flush()  # sets the id
@@ -169,27 +168,23 @@ class Items:
         return Count(min(count, MAX_COUNT), exact=count <= MAX_COUNT)
 
     def show(self, request: JSONRequest, id: int) -> ItemView:
-        """Show an item."""
         row = self.session.execute(COLUMNS.where(Item.id == id)).first()
         if row is None:
             raise HTTPError(404, "not found")
         return ItemView(*row)
 
     def replace(self, request: JSONRequest, id: int, body: ItemState) -> ItemView:
-        """Replace an item."""
         item = self.get_for_update(request, id)
         item.name = body.name
         return view(item)
 
     def change(self, request: JSONRequest, id: int, body: ItemChange) -> ItemView:
-        """Change the given fields of an item."""
         item = self.get_for_update(request, id)
         if body.name is not msgspec.UNSET:
             item.name = body.name
         return view(item)
 
     def delete(self, request: JSONRequest, id: int) -> None:
-        """Delete an item."""
         self.session.delete(self.get_for_update(request, id))
 
     def get_for_update(self, request: JSONRequest, id: int) -> Item:
