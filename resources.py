@@ -247,10 +247,7 @@ def next_link(query: Selection, last: ItemView) -> str:
 
 
 def make_app(
-    session: scoped_session[Session],
-    *,
-    probe: Callable[[], object] = bool,
-    max_body: int = MAX_BODY,
+    session: scoped_session[Session], probe: Callable[[], object] = bool, max_body: int = MAX_BODY
 ) -> Router:
     """Make the WSGI application that serves items.
 

@@ -8,16 +8,9 @@ from typing import Any
 
 from sessionscope.databases import driver_connection, error_code, is_unavailable
 from sessionscope.engines import make_engine, make_reader
-from sqlalchemy import Column, Engine, delete, func, insert, inspect, make_url, select
+from sqlalchemy import Column, Engine, delete, exc, func, insert, inspect, make_url, select
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.engine.interfaces import ReflectedColumn
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    NoSuchModuleError,
-    OperationalError,
-    SQLAlchemyError,
-)
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from models import MAX_ID, Base, Item
@@ -41,7 +34,7 @@ def parse_url(text: str, option: str) -> URL:
     """
     try:
         return make_url(text)
-    except (ArgumentError, ValueError) as error:
+    except (exc.ArgumentError, ValueError) as error:
         example = "a URL looks like sqlite:///items.db or postgresql://user@host:5432/database"
         raise StartError(f"{option}: {error}; {example}") from None
 
@@ -61,7 +54,7 @@ def open_database(url: URL, *, threads: int, create: bool, wait: float) -> Engin
             create_tables(engine)
         check_tables(engine)
         return engine
-    except (SQLAlchemyError, ImportError, TypeError, WrongTable) as error:
+    except (exc.SQLAlchemyError, ImportError, TypeError, WrongTable) as error:
         if engine is not None:
             engine.dispose()
         shown = url.render_as_string(hide_password=True)
@@ -76,11 +69,11 @@ def remedy(error: Exception) -> str:
     if isinstance(error, ImportError):
         extra = {"psycopg": "-e '.[postgresql]'", "pymysql": "-e '.[mysql]'"}
         return f"; run: pip install {extra.get(error.name or '', error.name)}"
-    if isinstance(error, NoSuchModuleError):
+    if isinstance(error, exc.NoSuchModuleError):
         return "; the URL must begin with sqlite:, postgresql: or mariadb:"
     if error_code(error) == "SQLITE_CANTOPEN":
         return "; its folder must exist and be writable"
-    if isinstance(error, DBAPIError) and is_unavailable(error):
+    if isinstance(error, exc.DBAPIError) and is_unavailable(error):
         return "; is it running? With --wait 30 the service waits for it"
     return ""
 
@@ -95,7 +88,7 @@ def wait_for(engine: Engine, seconds: float) -> None:
         try:
             engine.connect().close()
             return
-        except DBAPIError as error:
+        except exc.DBAPIError as error:
             if monotonic() >= deadline or not is_unavailable(error):
                 raise
             log.info("waiting for the database: %s", error.orig)
@@ -189,6 +182,6 @@ def write_and_delete(engine: Engine) -> None:
                 connection.execute(insert(Item).values(id=id, name="probe"))
                 connection.execute(select(Item.id, Item.name).where(Item.id == id)).one()
                 connection.execute(delete(Item).where(Item.id == id))
-    except OperationalError as error:
+    except exc.OperationalError as error:
         if not str(error_code(error)).startswith("SQLITE_BUSY"):  # another process is writing
             raise

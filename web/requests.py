@@ -83,8 +83,8 @@ class JSONRequest(Request):
         values: dict[str, int | str] = {}
         for name, text in pairs:
             if name in values:
-                errors = (FieldError(name, "repeated"),)
-                raise HTTPError(422, f"{name!r} is given more than once", errors=errors)
+                error = FieldError(name, "repeated")
+                raise HTTPError(422, f"{name!r} is given more than once", None, error)
             values[name] = int(text) if name in numbers and _NUMBER.fullmatch(text) else text
         try:
             return msgspec.convert(values, kind)

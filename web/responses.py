@@ -15,6 +15,8 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 
 import msgspec
 
+Headers = Mapping[str, str]
+
 JSON = "application/json"
 
 JSON_HEADERS = {
@@ -53,11 +55,7 @@ class Response:
     """
 
     def __init__(
-        self,
-        status: int,
-        headers: Mapping[str, str],
-        body: Iterable[bytes] = (),
-        etag: str | None = None,
+        self, status: int, headers: Headers, body: Iterable[bytes] = (), etag: str | None = None
     ) -> None:
         self.status = status
         self.headers = [*headers.items()]
@@ -93,12 +91,7 @@ class HTTPError(Exception):
     """Raised by a handler to send an error."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        headers: Mapping[str, str] | None = None,
-        *,
-        errors: tuple[FieldError, ...] = (),
+        self, status: int, message: str, headers: Headers | None = None, *errors: FieldError
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -115,7 +108,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def json_response(
-    value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None
+    value: msgspec.Struct, status: int = 200, headers: Headers | None = None
 ) -> Response:
     return Response(status, {**JSON_HEADERS, **(headers or {})}, [json_bytes(value)])
 

@@ -125,13 +125,7 @@ class Router:
         self.resources: dict[str, Resource] = {}
 
     def add(
-        self,
-        method: str,
-        path: str,
-        handler: Handler,
-        *,
-        media_type: str = JSON,
-        etag: bool = False,
+        self, method: str, path: str, handler: Handler, media_type: str = JSON, etag: bool = False
     ) -> None:
         """Respond to *method* on *path* with *handler*.
 

@@ -34,7 +34,7 @@ def invalid(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> HTTPE
     """Return the 422 for data that is not a valid *kind*."""
     cause = error.__cause__
     if isinstance(cause, InvalidField):
-        return HTTPError(422, str(cause), errors=(cause.field_error,))
+        return HTTPError(422, str(cause), None, cause.field_error)
     code, sentence, parts = next(
         (code, sentence, found.groupdict())
         for pattern, code, sentence in _RULES
@@ -49,5 +49,5 @@ def invalid(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> HTTPE
         limit=limit,
         choices=" or ".join(map(str, get_args(get_type_hints(kind).get(name)))),
     )
-    blamed = FieldError(name, code, int(limit) if limit else None)
-    return HTTPError(422, message, errors=(blamed,) if is_known else ())
+    errors = [FieldError(name, code, int(limit) if limit else None)] if is_known else []
+    return HTTPError(422, message, None, *errors)
