@@ -1,1 +1,1 @@
-"""What the item service needs besides its table, its resources and its entry point."""
+"""The parts of the item service besides its tables, endpoints and entry point."""
