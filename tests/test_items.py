@@ -479,6 +479,13 @@ def test_slashes_at_the_beginning_are_one(path: str, service: Service) -> None:
     assert service.send("GET", path).content == b'{"id": 1, "name": "Item #1"}\n'
 
 
+@pytest.mark.parametrize("path", ["1", "80", "openapi.json"])
+def test_a_path_begins_with_a_slash(path: str, service: Service) -> None:
+    """What waitress makes of a malformed target such as ``items.test:80`` is a 404."""
+    service.client.post("/")
+    assert serve_once(service.app, environ("GET", path)).status == "404 Not Found"
+
+
 @pytest.mark.parametrize("path", ["/%FF", "/%C3", "/%ED%A0%80"])
 def test_a_path_is_utf8(path: str, service: Service) -> None:
     """A path that is not percent-encoded UTF-8 is a 400 that says so."""

@@ -161,8 +161,9 @@ class Router:
         return response
 
     def match(self, path: str) -> tuple[Resource, dict[str, int]]:
-        # An empty path may be missing (PEP 3333), and some servers collapse leading slashes.
-        path = "/" + path.lstrip("/")
+        # The root may be an empty path (PEP 3333), and some servers collapse leading slashes.  A
+        # path without a slash comes from a malformed target, and is not found.
+        path = re.sub("^(/+|$)", "/", path)
         for resource in self.resources.values():
             numbers = resource.match(path)
             if numbers is not None:
