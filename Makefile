@@ -5,7 +5,7 @@
 # make check     ruff, mypy and a wheel that is built, installed and used
 # make suites    other projects' test suites, with every application wrapped
 # make docs      the documentation, as pages in build/docs
-# make bench     what a request costs and where, beside other ways; valgrind counts instructions
+# make bench     what a request costs, beside other ways, in build/bench.md; PARTS=limits for a part
 # make storm     clients that hang up, workers that are killed: is each payment made once?
 # make field     servers, engines and applications in combination, for a quarter of an hour
 # make fuzz      schemathesis against the service on PostgreSQL, for minutes
@@ -54,9 +54,7 @@ fuzz: .venv/installed-dev
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
 bench: .venv/installed-bench
-	PYTHONPATH=. $(BIN)/python benchmarks/run.py
-	PYTHONPATH=. $(BIN)/python benchmarks/million.py
-	PYTHONPATH=. $(BIN)/python benchmarks/layers.py
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(BIN)/python benchmarks/run.py $(PARTS)
 
 LIBRARY := after_commit app_context attempts confirm doomed flask_sqlalchemy forks hooks idempotency \
 	idempotency_keeping idempotency_races idempotency_views keyed lost_work outcome receipt \

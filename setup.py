@@ -58,7 +58,16 @@ TEST = [
     "uvicorn>=0.30",
     "WebTest>=3.0",
 ]
-BENCH = [*APP, "Flask>=3.1", "repoze.tm2>=2.2", "zope.sqlalchemy>=3"]
+BENCH = [
+    *APP,
+    *POSTGRESQL,
+    "Django>=5.2",
+    "Flask>=3.1",
+    "Flask-SQLAlchemy>=3.1",
+    "granian>=2.8.8",
+    "repoze.tm2>=2.2",
+    "zope.sqlalchemy>=3",
+]
 # Whose place in a request the tests prove; nothing else needs them.
 EXTENSIONS = [
     "celery>=5.4",

@@ -1,72 +1,83 @@
-"""Requests played to an application in a process of its own, timed or counted."""
+"""Instructions, counted by Callgrind in a process of its own: blind to what else is running."""
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
-from wsgiref.util import setup_testing_defaults
 
-if TYPE_CHECKING:
-    from wsgiref.types import WSGIApplication
+from databases import find
 
-ENVIRONMENT = {**os.environ, "PYTHONHASHSEED": "0"}
+TIMES = {"warm": 30, "count": 100}
+"""How often a job is done before it is counted, and while it is."""
 
 
-def request(app: WSGIApplication, method: str, path: str) -> None:
-    """Play a server that asks for *path*, and reads the response to its end."""
-    environ = {"PATH_INFO": path, "REQUEST_METHOD": method}
-    setup_testing_defaults(environ)
-    body = app(environ, lambda *_: bool)
-    assert b"".join(body)
-    getattr(body, "close", bool)()
+class Counter:
+    """A script under Callgrind, which does what it is told by `play`."""
 
-
-class Player:
-    """A script in a process of its own, that plays as many requests as it is asked to."""
-
-    def __init__(self, script: str, *arguments: str, under: tuple[str, ...] = ()) -> None:
+    def __init__(self, script: str, *arguments: str) -> None:
+        valgrind = [find("valgrind"), "--tool=callgrind", "--instr-atstart=no", "-q"]
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  it is read when the script fails
         self.process = subprocess.Popen(
-            [*under, sys.executable, script, *arguments],
-            env=ENVIRONMENT,
+            [*valgrind, "--callgrind-out-file=/dev/null", sys.executable, script, *arguments],
+            env={**os.environ, "PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if under else None,
+            stderr=self.errors,
             text=True,
         )
 
-    def ask(self, times: int) -> float:
-        """What the script answers to *times*."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(times, file=self.process.stdin, flush=True)
-        return float(self.process.stdout.readline())
-
-    def watch(self, state: str) -> None:
-        """Have Callgrind count from now on, or no more."""
-        command = ["callgrind_control", f"--instr={state}", str(self.process.pid)]
-        subprocess.run(command, check=True, capture_output=True)
-
-    def __enter__(self) -> Player:
+    def __enter__(self) -> Counter:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None
     ) -> None:
-        self.last_words = self.process.communicate()[1] or ""
+        self.process.communicate()
+        self.errors.close()
+
+    def count(self, job: str) -> float:
+        """Instructions of one repetition of *job*."""
+        self.ask(f"warm {job}")
+        self.control("--instr=on")
+        self.control("--zero")
+        self.ask(f"count {job}")
+        table = self.control("-e", "Ir")
+        self.control("--instr=off")
+        threads = re.findall(r"Th \d+ +([\d,]+)", table)
+        assert threads, table
+        return sum(int(found.replace(",", "")) for found in threads) / TIMES["count"]
+
+    def ask(self, line: str) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(line, file=self.process.stdin, flush=True)
+        if not self.process.stdout.readline():
+            self.errors.seek(0)
+            raise RuntimeError(f"{line!r} failed:\n{self.errors.read().decode()}")
+
+    def control(self, *options: str) -> str:
+        command = ["callgrind_control", *options, str(self.process.pid)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def count(script: str, *arguments: str, warm: int = 50, times: int = 200) -> float:
-    """Instructions of one request, by Callgrind, when *warm* others have gone before."""
-    tool = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
-    with Player(script, *arguments, under=(*tool, "--instr-atstart=no")) as player:
-        player.ask(warm)
-        player.watch("on")
-        player.ask(times)
-        player.watch("off")
-    found = re.search(r"Collected : (\d+)", player.last_words)
-    assert found is not None, player.last_words
-    return int(found[1]) / times
+def counts(script: str, *arguments: str, jobs: Iterable[str]) -> dict[str, float]:
+    """Instructions of each job, all done by one process."""
+    with Counter(script, *arguments) as counter:
+        return {job: counter.count(job) for job in jobs}
+
+
+def play(do: Callable[[str, int], object]) -> None:
+    """Be the script: *do* each job of the input, as often as it is to be done."""
+    for line in sys.stdin:
+        phase, job = line.rstrip("\n").split(" ", 1)
+        do(job, TIMES[phase])
+        if phase == "warm":  # the collector need not look at what is there by now
+            gc.collect()
+            gc.freeze()
+        print("done", flush=True)

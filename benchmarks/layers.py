@@ -1,7 +1,6 @@
 """Where the instructions of a request to the item service go, layer by layer.
 
-``make bench`` runs it where ``valgrind`` is installed.  Each layer is what is left of a
-stack that has it when one that has it not is taken away::
+Each layer is what is left of a stack that has it when one that has it not is taken away::
 
     server             waitress, a client on the same connection, and an empty application
     router and JSON    the service with handlers that look nothing up
@@ -9,39 +8,37 @@ stack that has it when one that has it not is taken away::
     statements         the real handlers, on a connection that is always open
     transaction        all together: what the stacks above do not explain
 
-It prints a table, and draws it in ``build/layers.svg``.
+It is drawn in ``build/layers.svg``, too.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
-import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from counting import count, request
+from counting import counts, play
+from playing import directly, served
+from report import BUILD, Row
 from sessionscope import SessionMiddleware
 from sessionscope.engines import make_engine, make_reader
-from sqlalchemy import insert
 from sqlalchemy.orm import scoped_session, sessionmaker
-from waitress.server import create_server
+from workloads import fill
 
-from models import Item
 from resources import ItemView, make_app
 from serve import create_app
-from web.database import create_tables
 from web.router import Router
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-REQUESTS = {"unknown path": ("GET", "/nowhere"), "GET /1": ("GET", "/1"), "POST /": ("POST", "/")}
-PICTURE = Path(__file__).parent.parent / "build" / "layers.svg"
+TITLE = "A request to the item service by layer, in thousands of instructions (SQLite)"
+MINUTES = 2
+
+REQUESTS = {"unknown path": "GET /nowhere", "GET /1": "GET /1", "POST /": "POST /"}
 COLOURS = {
     "server": "#5b6b7f",
     "router and JSON": "#8a6d1f",
@@ -86,52 +83,40 @@ STACKS: dict[str, Callable[[str], WSGIApplication]] = {
     "all": create_app,
 }
 
-CLIENT = """
-import http.client, sys
-connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
-for _ in range(int(sys.argv[2])):
-    connection.request("GET", "/")
-    connection.getresponse().read()
-"""
+
+def rows() -> Iterator[Row]:
+    found = {stack: count(stack, directly.__name__, *REQUESTS.values()) for stack in STACKS}
+    over_socket = count("empty", served.__name__, "GET /")
+    server = over_socket["GET /"] - count("empty", directly.__name__, "GET /")["GET /"]
+    bars = {name: layers(found, job, server) for name, job in REQUESTS.items()}
+    for name, bar in bars.items():
+        parts = ", ".join(f"{layer} {value:.0f}" for layer, value in bar.items())
+        yield Row(name, f"{sum(bar.values()):.0f}", beside=parts)
+    BUILD.mkdir(exist_ok=True)
+    BUILD.joinpath("layers.svg").write_text(draw(bars))
 
 
-def play(stack: str, method: str, path: str) -> None:
-    """Serve as many requests as each line of the input says; through a socket for *served*."""
-    logging.disable()
+def count(stack: str, how: str, *jobs: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        url = f"sqlite:///{folder}/items.db"
-        engine = make_engine(url)
-        create_tables(engine)
-        with engine.begin() as connection:
-            connection.execute(insert(Item).values(id=1, name="Item #1"))
-        app = STACKS[stack](url)
-        server = create_server(app, listen="127.0.0.1:0")
-        threading.Thread(target=server.run, daemon=True).start()
-        for line in sys.stdin:
-            if method == "served":
-                port = str(getattr(server, "effective_port"))  # noqa: B009  (not in its types)
-                subprocess.run([sys.executable, "-c", CLIENT, port, line], check=True)
-            else:
-                for _ in range(int(line)):
-                    request(app, method, path)
-            print(0, flush=True)
+        url = f"sqlite:///{Path(folder, 'items.db')}"
+        fill(url, 1)
+        return counts(__file__, stack, how, url, jobs=jobs)
 
 
-def layers(method: str, path: str, server: float) -> dict[str, float]:
+def layers(found: dict[str, dict[str, float]], job: str, server: float) -> dict[str, float]:
     """Thousands of instructions of each layer of one request."""
-    handlers = "writing" if method == "POST" else "reading"
+    handlers = "writing" if job.startswith("POST") else "reading"
     router, middleware, statements, whole = (
-        count(__file__, stack, method, path)
-        for stack in ("router", "router, middleware", handlers, "all")
+        found[stack][job] for stack in ("router", "router, middleware", handlers, "all")
     )
-    found = {
+    parts = {
         "server": server,
         "router and JSON": router,
         "middleware": middleware - router,
         "transaction": whole - middleware - (statements - router),
         "statements": statements - router,
     }
-    return {layer: max(0.0, value / 1000) for layer, value in found.items()}
+    return {layer: max(0.0, value / 1000) for layer, value in parts.items()}
 
 
 def draw(bars: dict[str, dict[str, float]]) -> str:
@@ -171,24 +156,7 @@ def draw(bars: dict[str, dict[str, float]]) -> str:
     )
 
 
-def main() -> None:
-    if shutil.which("valgrind") is None:
-        print("\nvalgrind is not installed: no layers are counted")
-        return
-    server = count(__file__, "empty", "served", "/") - count(__file__, "empty", "GET", "/")
-    bars = {name: layers(*asked, server) for name, asked in REQUESTS.items()}
-    print("\nthousands of instructions of a request to the item service, SQLite")
-    print(" " * 14 + "".join(f"{layer:>17}" for layer in COLOURS) + f"{'sum':>8}")
-    for name, bar in bars.items():
-        values = "".join(f"{value:17.0f}" for value in bar.values())
-        print(f"  {name:12}{values}{sum(bar.values()):8.0f}")
-    PICTURE.parent.mkdir(exist_ok=True)
-    PICTURE.write_text(draw(bars))
-    print(f"drawn in {PICTURE.relative_to(PICTURE.parent.parent.parent)}")
-
-
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        play(*sys.argv[1:])
+    stack, how, url = sys.argv[1:]
+    logging.disable()
+    play({"directly": directly, "served": served}[how](STACKS[stack](url)))
