@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from plain import Item
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-
-from models import Item, keys
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -121,6 +120,8 @@ def with_keys(engine: Engine) -> WSGIApplication:
     """The same with the layer that has requests with a key done once."""
     from sessionscope import SessionMiddleware
     from sessionscope.idempotency import Idempotency
+
+    from models import keys
 
     registry = scoped_session(sessionmaker(engine))
     once = Idempotency(bare(registry), keys, scope=lambda environ: "")

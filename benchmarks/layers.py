@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from counting import counts, play
+from measuring import fill
 from playing import directly, served
 from report import BUILD, Row
 from sessionscope import SessionMiddleware
 from sessionscope.engines import make_engine, make_reader
 from sqlalchemy.orm import scoped_session, sessionmaker
-from workloads import fill
 
 from resources import ItemView, make_app
 from serve import create_app

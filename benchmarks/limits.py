@@ -15,13 +15,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from contestants import sessionscope, with_keys
+from measuring import fill
 from playing import call
 from report import Row
 from sessionscope import SessionMiddleware
 from sessionscope.engines import make_engine
 from sqlalchemy import Engine, event
 from sqlalchemy.orm import scoped_session, sessionmaker
-from workloads import fill
 
 from models import Item
 

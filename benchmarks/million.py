@@ -20,10 +20,10 @@ from pathlib import Path
 from time import process_time
 
 from limits import peak
+from measuring import fill
 from report import Row
 from sessionscope.engines import make_reader
 from sqlalchemy.orm import scoped_session, sessionmaker
-from workloads import fill
 
 from models import MAX_ID
 from resources import ItemList, Items, Selection

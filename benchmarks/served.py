@@ -17,8 +17,8 @@ from pathlib import Path
 
 import waitress
 from databases import PostgreSQL, find, free_port, place_for, postgresql_programs, running
+from measuring import fill
 from services import SERVICES
-from workloads import fill
 
 TITLE = "Served: requests per second, and p99 in ms; 16 connections"
 MINUTES = 6

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from measuring import count_all
 from report import Row
-from workloads import count_all
 
 TITLE = "A request to the item service, in instructions (SQLite, 100 items)"
 MINUTES = 3

@@ -11,32 +11,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, create_engine, event, make_url, select
+from plain import PRAGMAS, Base, Item, make_durable, make_engine
+from sqlalchemy import make_url, select
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-
-from models import Base, Item
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
-
 NOT_FOUND = {"error": "not found"}
 
 
-def make_durable(engine: Engine) -> Engine:
-    if engine.dialect.name == "sqlite":
-
-        @event.listens_for(engine, "connect")
-        def configure(connection: Any, _record: object) -> None:
-            for pragma in PRAGMAS:
-                connection.execute(pragma)
-
-    return engine
-
-
 def registry_at(url: str) -> scoped_session[Session]:
-    return scoped_session(sessionmaker(make_durable(create_engine(url))))
+    return scoped_session(sessionmaker(make_engine(url)))
 
 
 def shown(item: Any) -> dict[str, Any]:
@@ -69,7 +55,7 @@ def ours(url: str) -> WSGIApplication:
 
 def floor(url: str) -> WSGIApplication:
     """No framework: a function that does what the path says, between begin and commit."""
-    factory = sessionmaker(make_durable(create_engine(url)))
+    factory = sessionmaker(make_engine(url))
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]

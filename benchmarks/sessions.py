@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from databases import postgresql
+from measuring import count, count_all, fill
 from report import Row
-from workloads import count, count_all, fill
 
 TITLE = "The session of a request, in instructions"
 MINUTES = 4
