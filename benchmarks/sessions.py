@@ -13,7 +13,7 @@ from measuring import count, count_all, fill
 from report import Row
 
 TITLE = "The session of a request, in instructions"
-MINUTES = 4
+MINUTES = 5
 
 ENDS = {
     "GET /": ("session not used, to by hand", 0.35),
@@ -24,15 +24,16 @@ STREAMS = ("GET /stream/60", "GET /stream/10")
 LINES = ("POST /lines/60", "POST /lines/10")
 KEYED = {"POST /add": "without a key", "POST /add new": "with a key", "POST /add same": "repeated"}
 
+# All begin with the same ones: what a process has done before moves a count by half a percent.
 JOBS: dict[str, list[str]] = {
     "no management": [*ENDS, *STREAMS, *LINES],
     "by hand": [*ENDS, "POST /add"],
-    "by hand, beside sessionscope": ["GET /read", "POST /add"],
-    "sessionscope": [*ENDS, *STREAMS, "POST /add"],
+    "by hand, beside sessionscope": [*ENDS, "POST /add"],
+    "sessionscope": [*ENDS, "POST /add", *STREAMS],
     "attempts=3": [*ENDS, *LINES],
-    "observer": ["GET /read"],
-    "DEBUG": ["GET /read"],
-    "Idempotency": [*KEYED],
+    "observer": [*ENDS],
+    "DEBUG": [*ENDS],
+    "Idempotency": [*ENDS, *KEYED],
     "repoze.tm2": [*ENDS, *STREAMS],
 }
 
