@@ -85,9 +85,10 @@ STACKS: dict[str, Callable[[str], WSGIApplication]] = {
 
 
 def rows() -> Iterator[Row]:
-    found = {stack: count(stack, directly.__name__, *REQUESTS.values()) for stack in STACKS}
-    over_socket = count("empty", served.__name__, "GET /")
-    server = over_socket["GET /"] - count("empty", directly.__name__, "GET /")["GET /"]
+    reads, writes = ["GET /nowhere", "GET /1"], ["POST /"]
+    jobs = {"reading": reads, "writing": writes, "empty": ["GET /"]}
+    found = {stack: count(stack, "directly", jobs.get(stack, reads + writes)) for stack in STACKS}
+    server = count("empty", "served", ["GET /"])["GET /"] - found["empty"]["GET /"]
     bars = {name: layers(found, job, server) for name, job in REQUESTS.items()}
     for name, bar in bars.items():
         parts = ", ".join(f"{layer} {value:.0f}" for layer, value in bar.items())
@@ -96,7 +97,7 @@ def rows() -> Iterator[Row]:
     BUILD.joinpath("layers.svg").write_text(draw(bars))
 
 
-def count(stack: str, how: str, *jobs: str) -> dict[str, float]:
+def count(stack: str, how: str, jobs: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder, 'items.db')}"
         fill(url, 1)
