@@ -17,7 +17,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sessionscope/__init__.py")
 APP = [
     "msgspec>=0.19",
     "prometheus-client>=0.20",
-    "SQLAlchemy>=2.0.43",
+    "SQLAlchemy>=2.0.51",
     "waitress>=3.0,<4",
     "WebOb>=1.8.9",
 ]
@@ -130,7 +130,7 @@ setup(
     cmdclass={"build_py": build_middleware},
     # Editable means links to what is shipped, which tools that don't run the code can follow.
     options={"editable_wheel": {"mode": "strict"}},
-    install_requires=["SQLAlchemy>=2.0.43"],
+    install_requires=["SQLAlchemy>=2.0.51"],
     extras_require={
         "app": APP,
         "postgresql": POSTGRESQL,

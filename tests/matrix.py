@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PYTHONS = ["3.11", "3.12", "3.13"]
-OLDEST_SQLALCHEMY = "SQLAlchemy==2.0.43"  # what setup.py asks for
+OLDEST_SQLALCHEMY = "SQLAlchemy==2.0.51"  # what setup.py asks for
 NEWEST_SQLALCHEMY = "SQLAlchemy>=2.1"
 OWN = "{}.{}".format(*sys.version_info)
 
