@@ -4,6 +4,7 @@
 the same application.
 """
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -98,17 +99,18 @@ def create_app(database_url: str | None = None, **given: Any) -> Service:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and serve until SIGTERM, SIGINT or SIGHUP."""
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    configure_logging(options.log_level, options.log_format)
     try:
+        parser = make_parser()
+        options = parser.parse_args(arguments)
+        configure_logging(options.log_level, options.log_format)
         service = Service(options)
         if options.purge_keys is not None:
             number = purge(service.session, keys, timedelta(days=options.purge_keys))
             parser.exit(0, f"{number} idempotency keys deleted\n")
         server = Server(service, options)
     except StartError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        print(f"serve.py: {error}", file=sys.stderr)
+        sys.exit(2)
     server.run(options.stop_timeout)
     service.dispose()
 

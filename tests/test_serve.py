@@ -256,12 +256,24 @@ def test_each_option_may_be_a_variable(sqlite_url: str, monkeypatch: pytest.Monk
     assert options.cors_origins.split() == ["https://a.example", "https://b.example"]
 
 
-def test_a_wrong_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("THREADS", "many", "argument --threads: 'many' is not a number above zero"),
+        ("LOG_LEVEL", "loud", "LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
+        ("LOG_FORMAT", "xml", "LOG_FORMAT must be one of text, json, not 'xml'"),
+        ("METRICS", "maybe", "METRICS must be one of yes, true, on, 1, no, false, off, 0, not"),
+    ],
+)
+def test_a_wrong_variable_is_told(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A value from the environment is checked as one from the command line is."""
-    monkeypatch.setenv("THREADS", "many")
+    monkeypatch.setenv(variable, value)
     done = refused()
     assert done.returncode == 2
-    assert "argument --threads: 'many' is not a number above zero" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("given", ["{port}", ":{port}", "127.0.0.1:{port}", "localhost:{port}"])

@@ -1,7 +1,8 @@
-"""The command line: every option can also be set by an environment variable."""
+"""The command line: nearly every option can also be set by an environment variable."""
 
 import argparse
 import os
+from collections.abc import Collection
 from typing import Any
 
 from sessionscope import __version__
@@ -15,12 +16,20 @@ class StartError(Exception):
     """The service cannot start; the message says why, and what to do."""
 
 
+SWITCH = {"yes": True, "true": True, "on": True, "1": True}
+SWITCH |= {"no": False, "false": False, "off": False, "0": False}
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser; the environment overrides the defaults that its help shows."""
+    """Make the parser; the environment overrides the defaults that its help shows.
+
+    :raises StartError: if a variable has a value that its option does not have.
+    """
     parser = argparse.ArgumentParser(
         prog="serve.py",
         description="Serve items over HTTP.",
-        epilog="Every option can be an environment variable: LOG_LEVEL stands for --log-level.",
+        epilog="Options with a default can be set by environment variables: LOG_LEVEL stands for "
+        "--log-level.",
     )
     parser.add_argument("--version", action="version", version=f"sessionscope {__version__}")
     database = parser.add_argument_group("database")
@@ -53,16 +62,26 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add(group: Any, flag: str, default: str, text: str, **more: Any) -> None:
     shown = f" (default: {default})" if default else ""
-    group.add_argument(flag, default=environment(flag) or default, help=text + shown, **more)
+    value = environment(flag, default, more.get("choices", []))
+    group.add_argument(flag, default=value, help=text + shown, **more)
 
 
 def add_flag(group: Any, flag: str, default: str, text: str) -> None:
-    value = (environment(flag) or default).lower() in ("1", "on", "true", "yes")
+    value = SWITCH[environment(flag, default, SWITCH)]
     group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=text)
 
 
-def environment(flag: str) -> str | None:
-    return os.environ.get(flag[2:].upper().replace("-", "_"))
+def environment(flag: str, default: str, choices: Collection[str]) -> str:
+    """Return the value of the variable of an option.
+
+    :param choices: what it may be; argparse does not check defaults.
+    :raises StartError: if it is something else.
+    """
+    name = flag[2:].upper().replace("-", "_")
+    value = os.environ.get(name) or default
+    if choices and value not in choices:
+        raise StartError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    return value
 
 
 def _address(text: str) -> str:
