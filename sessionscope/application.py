@@ -25,7 +25,6 @@ class Call:
 
     head: Head | None = None
     iterable: object = None
-    iterator: Iterator[Any] = iter(())
     exhausted = False
     """The application has ended."""
 
@@ -40,6 +39,7 @@ class Call:
         self.method = method
         self.server_start_response: Callable[..., Any] = start_response
         self.on_start = on_start
+        self.iterator: Iterator[Any] = iter(())
         self.written: list[Any] = []
         """The chunks that were passed to ``write()``, which precede the body."""
         self.ahead: list[Any] = []
@@ -87,7 +87,9 @@ class Call:
         return chunk
 
     def put_written_before(self, chunk: Any) -> Any:
-        """Return the first chunk passed to ``write()``; the others and *chunk* come after it."""
+        """Return *chunk*, or the first one passed to ``write()``; *chunk* comes after those."""
+        if not self.written:
+            return chunk
         first, *self.ahead = [*self._take_written(), chunk]
         return first
 

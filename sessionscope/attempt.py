@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sessionscope.application import Call
 from sessionscope.guests import run_aside
-from sessionscope.outcome import RequestName, outcome_of, tell
+from sessionscope.outcome import Outcome, RequestName, tell
 from sessionscope.response import END, SAFE_METHODS, Head, StreamedBody
 from sessionscope.stage import AppContext, Position, log
 from sessionscope.unit_of_work import UnitOfWork, failure_of
@@ -139,7 +139,7 @@ class Attempt:
                     self.report()
         if self.returned:
             call.send_head()  # if start_response was called late
-        return call.put_written_before(chunk) if call.written else chunk
+        return call.put_written_before(chunk)
 
     def advance(self) -> Any:
         """Run the application for its next chunk; settle when it has ended."""
@@ -237,3 +237,16 @@ class Attempt:
         if observer is not None or log.isEnabledFor(logging.DEBUG):
             factory = self.middleware.registry.session_factory
             run_aside(self.unit.stage, factory, tell, outcome_of(self, error), observer)
+
+
+def outcome_of(attempt: Attempt, error: BaseException | None) -> Outcome:
+    """Return the outcome of *attempt*, which is the request's last and raised *error*."""
+    return Outcome(
+        method=attempt.name.method,
+        path=attempt.name.path(),
+        status=None if attempt.head is None else attempt.head.status,
+        action=attempt.unit.action(),
+        attempts=attempt.number,
+        seconds=monotonic() - attempt.began,
+        error=error,
+    )

@@ -124,7 +124,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         elif transaction.nested:
             tracker.on_savepoint_ended(transaction)
         else:
-            tracker.on_flush_ended()
+            tracker.on_flush_ended(failed=not transaction.parent.is_active)
 
 
 @event.listens_for(Session, "after_soft_rollback", insert=True)

@@ -34,6 +34,7 @@ class Guest(SessionTracker):
     def close(self) -> None:
         self.ending = True
         close_quietly(self.session)
+        self.transaction.leave()
         self.forget_session()
         self.forget_errors()
 
@@ -41,14 +42,15 @@ class Guest(SessionTracker):
 class Seat:
     """The slot for guests in the registry, which one after the other may occupy."""
 
-    session: Session | None = None
-    guests: tuple[Guest, ...] = ()
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.guests: list[Guest] = []
 
     def take(self, session: Session) -> None:
         """Return *session* from now on; one that a session_scope tracks already is no guest."""
         self.session = session
         if tracker_of(session) is None:
-            self.guests += (Guest(session),)
+            self.guests.append(Guest(session))
 
     def leave(self) -> None:
         """Stop returning it: somebody has closed it, or goes on using it elsewhere."""
@@ -61,8 +63,7 @@ class Seat:
     def close(self) -> None:
         """Close the guests."""
         while self.guests:
-            guest, self.guests = self.guests[-1], self.guests[:-1]
-            guest.close()
+            self.guests.pop().close()
         self.session = None
 
 

@@ -86,13 +86,14 @@ def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 
     if older_than < timedelta(0) or batch < 1:
         raise ValueError("older_than must not be negative, and batch must be 1 or more")
     before = max(0, time_ns() - older_than // timedelta(microseconds=1) * 1000)
-    total, kept = 0, None
+    total, stuck = 0, None
     while True:
         found, deleted = _purge_patiently(registry, table, before, batch)
         total += deleted
-        if len(found) < batch or found == kept:
+        # Rows that are found again are kept by the database; others went to a quicker purge.
+        if len(found) < batch or found == stuck:
             return total
-        kept = found if deleted == 0 else None  # by the database, unless another purge was quicker
+        stuck = None if deleted else found
 
 
 def _purge_patiently(
@@ -113,10 +114,10 @@ def _purge_batch(
 ) -> tuple[Sequence[str], int]:
     """Delete one batch; return the ids of the rows found, and the number of rows deleted."""
     is_old = table.c.created < before
-    query = select(table.c.id).where(is_old).order_by(table.c.created).limit(batch)
+    oldest = select(table.c.id).where(is_old).order_by(table.c.created, table.c.id)
     with session_scope(registry) as session:
         begin(session)
-        found = session.scalars(query).all()
+        found = session.scalars(oldest.limit(batch)).all()
     # In a transaction of its own: in one with a snapshot, MariaDB raises if another purge has
     # deleted a row meanwhile.  A request may even have inserted it again.
     with session_scope(registry) as session:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -14,8 +13,6 @@ from sessionscope.states import Action
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
 
-    from sessionscope.attempt import Attempt
-
 
 class RequestName:
     """Method and path of a request, even if the application changes the environ."""
@@ -24,10 +21,8 @@ class RequestName:
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.method: str = environ.get("REQUEST_METHOD", "")
-        self.script_name, self.path_info = (
-            environ.get("SCRIPT_NAME"),
-            environ.get("PATH_INFO"),
-        )
+        self.script_name = environ.get("SCRIPT_NAME")
+        self.path_info = environ.get("PATH_INFO")
 
     def __str__(self) -> str:
         return f"{self.method} {self.path()}"
@@ -67,19 +62,6 @@ class Outcome:
     """Seconds from the call of the middleware to the end of the transaction."""
     error: BaseException | None
     """What the application or COMMIT raised."""
-
-
-def outcome_of(attempt: Attempt, error: BaseException | None) -> Outcome:
-    """Return the outcome of *attempt*, which is the request's last and raised *error*."""
-    return Outcome(
-        method=attempt.name.method,
-        path=attempt.name.path(),
-        status=None if attempt.head is None else attempt.head.status,
-        action=attempt.unit.action(),
-        attempts=attempt.number,
-        seconds=monotonic() - attempt.began,
-        error=error,
-    )
 
 
 def tell(outcome: Outcome, observer: Callable[[Outcome], object] | None) -> None:

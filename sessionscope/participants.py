@@ -24,7 +24,7 @@ _MARK = "sessionscope"
 
 def participants_of(info: dict[Any, Any]) -> list[Participant]:
     """Return the participants of the transactions that a connection is in."""
-    return [one for reference in info.get(_MARK, ()) if (one := reference()) is not None]
+    return [one for reference in list(info.get(_MARK, ())) if (one := reference()) is not None]
 
 
 def _after_cursor_execute(
@@ -44,13 +44,13 @@ def _commit(connection: Connection, *_xid: object) -> None:
 _WATCHERS: dict[str, Callable[..., None]] = {
     "commit": _commit,
     "commit_twophase": _commit,
-    "after_cursor_execute": _after_cursor_execute,
+    "after_cursor_execute": _after_cursor_execute,  # last, so that it tells that all are there
 }
 
 
 def watch(engine: Engine) -> None:
     """Listen to the statements and COMMITs of *engine* from now on."""
-    if _after_cursor_execute not in engine.dispatch.after_cursor_execute:  # the last of them
+    if _after_cursor_execute not in engine.dispatch.after_cursor_execute:
         for name, listener in _WATCHERS.items():
             event.listen(engine, name, listener)
 
@@ -81,32 +81,35 @@ class Participant:
     """Known only if the transaction has several connections, or is watched."""
     wrote = False
     """Whether SQLite's driver had changed rows when the connection was returned."""
-    sqlite: Any = None
-    """The driver's connection, on SQLite."""
+    pooled: Any = None
+    """The pool's proxy of SQLite's driver; empty when that was returned or invalidated."""
     begun = False
     """Whether SQLite's driver has been in a transaction at some check."""
     changes = 0
     """Number of rows that SQLite's driver had changed when the transaction began."""
     in_autocommit: bool | None = None
-    listeners: tuple[tuple[str, Callable[..., None]], ...] = ()
 
     def __init__(self, owner: Transaction, connection: Connection) -> None:
         self.owner = owner
         self.connection = connection
         self.transaction = connection.get_nested_transaction() or connection.get_transaction()
+        self.listeners: list[tuple[str, Callable[..., None]]] = []
         if connection.dialect.name == "sqlite":
-            self.sqlite = driver = databases.driver_connection(connection)
+            self.pooled = connection.connection
+            driver = self.pooled.dbapi_connection
             self.begun, self.changes = driver.in_transaction, driver.total_changes
             self.in_autocommit = not self.begun and driver.isolation_level is None
         # Weak, since the pool keeps it: a stream that is dropped without close() must be freed.
-        self.info = connection.info
-        self.info[_MARK] = [*map(ref, participants_of(self.info)), ref(self)]
+        # Another thread may have the connection already when this one leaves: so a set, whose
+        # methods are atomic, as those of WeakSet are not.
+        self.others: set[ref[Participant]] = connection.info.setdefault(_MARK, set())
+        self.mark = ref(self, self.others.discard)
+        self.others.add(self.mark)
 
     def leave(self) -> None:
-        self.info[_MARK] = [ref(one) for one in participants_of(self.info) if one is not self]
-        for name, listener in self.listeners:
-            event.remove(self.connection, name, listener)
-        self.listeners = ()
+        self.others.discard(self.mark)
+        while self.listeners:
+            event.remove(self.connection, *self.listeners.pop())
 
     def refuse_if_inherited(self) -> None:
         """Raise an error if another process opened the connection."""
@@ -128,17 +131,18 @@ class Participant:
         """Listen to COMMIT before the hooks of the engine, which may refuse it."""
         for name in ("commit", "commit_twophase"):
             event.listen(self.connection, name, self.on_commit)
-            self.listeners += ((name, self.on_commit),)
+            self.listeners.append((name, self.on_commit))
 
     def on_flush(self) -> None:
-        if self.sqlite is None or self.begun or self.connection.invalidated:
+        driver = self.sqlite()
+        if driver is None or self.begun:
             return
         if not self.connection.in_nested_transaction():  # RELEASE of its own savepoint may COMMIT
-            self.begun = self.sqlite.in_transaction
+            self.begun = driver.in_transaction
 
     def begin_sqlite(self) -> None:
         """Send the BEGIN that SQLite's driver has not sent yet."""
-        if self.sqlite is not None and not self.begun:
+        if self.sqlite() is not None and not self.begun:
             databases.begin_sqlite(self.connection)
             self.on_flush()
 
@@ -150,17 +154,21 @@ class Participant:
 
     def has_written(self) -> bool:
         """Return whether SQLite's driver has changed rows; False if that is unknown."""
-        if self.sqlite is None or self.connection.closed or self.connection.invalidated:
-            return self.wrote
-        return bool(self.sqlite.total_changes != self.changes)
+        driver = self.sqlite()
+        return self.wrote if driver is None else bool(driver.total_changes != self.changes)
+
+    def sqlite(self) -> Any:
+        """Return SQLite's driver; None if the connection has lost it, or is of another database."""
+        return None if self.pooled is None else self.pooled.dbapi_connection
 
     def is_lost(self) -> bool:
         """Return whether COMMIT would keep nothing, or only a part."""
         connection = self.connection
         if self.aborted or connection.invalidated:
             return True
-        if self.sqlite is not None:
-            return self.begun and not self.sqlite.in_transaction
+        if self.pooled is not None:
+            driver = self.sqlite()
+            return driver is None or (self.begun and not driver.in_transaction)
         return databases.is_aborted(connection, self.error)
 
     def is_touched(self) -> bool:
@@ -185,7 +193,7 @@ class Participant:
         :param claimed: whether SQLAlchemy considers its transaction over.  It is not if COMMIT
             failed and the session was closed: the next user would commit this work.
         """
-        if self.sqlite is not None:
+        if self.pooled is not None:
             self.wrote = driver.total_changes != self.changes
         if claimed and databases.is_in_transaction(driver, self.owner.is_commit_refused()):
             driver.rollback()

@@ -97,10 +97,7 @@ class Head:
         if self.exc_info is None:
             start_response(self.status, headers)
         else:
-            exc_info, self.exc_info = (
-                self.exc_info,
-                None,
-            )  # PEP 3333: no cycle of frames
+            exc_info, self.exc_info = self.exc_info, None  # PEP 3333: no cycle of frames
             start_response(self.status, headers, exc_info)
 
 

@@ -52,7 +52,7 @@ class StagedSession(SessionTracker):
         if reader is not None and not isinstance(session.bind, Connection):
             session.bind = reader
         for entry in entries():  # a request around this scope may be retried
-            watched |= getattr(entry, "watched", False)
+            watched = watched or getattr(entry, "watched", False)
         super().__init__(session, safe, watched)
         self.registry = registry
         self.stage = staged(registry)

@@ -108,11 +108,14 @@ class SessionTracker:
         """Handle a rollback by SQLAlchemy."""
         self.transaction.on_undone()
 
-    def on_flush_ended(self) -> None:
-        """Handle the end of a flush, which failed if SQLAlchemy has rolled back in it."""
+    def on_flush_ended(self, failed: bool) -> None:
+        """Handle the end of a flush.
+
+        :param failed: whether SQLAlchemy has rolled back in it, perhaps to a savepoint only.
+        """
         self.transaction.handle(Event.FLUSH_FAILED)
         error = sys.exc_info()[1]
-        if isinstance(error, StaleDataError) and self.transaction.state is State.FAILED:
+        if failed and isinstance(error, StaleDataError):
             self.transaction.note_error(error)  # the ORM's own: no driver has raised it
 
     def on_end(self) -> None:

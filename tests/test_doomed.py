@@ -22,7 +22,7 @@ from sessionscope import (
     session_scope,
 )
 from sessionscope.engines import make_engine
-from sqlalchemy import Engine, create_engine, event, insert, make_url, update
+from sqlalchemy import Engine, create_engine, event, insert, make_url, select, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -573,6 +573,25 @@ def test_sqlite_no_savepoint_heals_it(small: Registry, outside: Engine) -> None:
     with pytest.raises(TransactionDoomed):
         post(work, small)
     assert names(outside) == ["one"]
+
+
+@pytest.mark.parametrize("end", ["rollback", "close"])
+@pytest.mark.filterwarnings("ignore:transaction already deassociated:sqlalchemy.exc.SAWarning")
+def test_sqlite_a_connection_that_was_replaced_is_not_asked(end: str, engine: Engine) -> None:
+    """After invalidate() and a new connection, rollback() and close() of the session work."""
+    with engine.connect() as connection:
+        registry: Registry = scoped_session(sessionmaker(connection))
+
+        def work() -> None:
+            registry.execute(select(Item))
+            connection.invalidate()
+            connection.get_transaction().rollback()  # type: ignore[union-attr]
+            connection.execute(select(Item))
+            getattr(registry, end)()
+            registry.rollback()
+
+        app = SessionMiddleware(text(b"fine", before=work), registry)
+        assert serve_once(app).content == b"fine"
 
 
 # Every engine alike.

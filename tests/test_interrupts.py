@@ -22,7 +22,8 @@ import sessionscope
 from conftest import engine_at
 from sessionscope import SessionMiddleware, engines, on_commit, session_scope
 from sessionscope.stage import entries
-from sqlalchemy import Engine, insert
+from sqlalchemy import Engine, create_engine, insert
+from sqlalchemy import text as sql
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.orm.exc import StaleDataError
 from support import Server, environ, names, serve_once, text
@@ -134,6 +135,20 @@ def retried(registry: Registry) -> bytes:
     return serve_once(app, environ("POST")).content
 
 
+def two_databases(registry: Registry) -> bytes:
+    other = create_engine("sqlite://")
+
+    def work() -> None:
+        add(registry)
+        registry.execute(sql("SELECT 1"), bind_arguments={"bind": other})
+
+    try:
+        app = SessionMiddleware(text(b"fine", before=work), registry)
+        return serve_once(app, environ("POST")).content
+    finally:
+        other.dispose()
+
+
 def observed(registry: Registry) -> bytes:
     def work() -> None:
         add(registry)
@@ -168,7 +183,7 @@ def _only_what_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "play",
-    [as_list, refused, raised, as_stream, hung_up, retried, observed, scope],
+    [as_list, refused, raised, as_stream, hung_up, retried, two_databases, observed, scope],
     ids=lambda play: play.__name__,
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -133,6 +133,13 @@ def retry(registry: Registry) -> Once:
     return lambda: serve_once(app)
 
 
+def curious_observer(registry: Registry) -> Once:
+    """The observer gets a session from the registry, and does nothing with it."""
+    app = text(b"", before=lambda: read(registry))
+    watched = SessionMiddleware(app, registry, observer=lambda _: registry())
+    return lambda: serve_once(watched)
+
+
 def async_view(registry: Registry) -> Once:
     async def view() -> None:
         read(registry)
@@ -176,7 +183,10 @@ def test_requests_leave_nothing(
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kind", [success, refusal, exception, stream, hang_up, retry])
+CYCLELESS = [success, refusal, exception, stream, hang_up, retry, curious_observer]
+
+
+@pytest.mark.parametrize("kind", CYCLELESS)
 def test_requests_leave_no_cycle(
     kind: Callable[[Registry], Once], registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

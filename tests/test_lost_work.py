@@ -26,6 +26,7 @@ from sqlalchemy import Engine, create_engine, event, insert, select
 from sqlalchemy import text as sql
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, object_session, scoped_session, sessionmaker
+from sqlalchemy.pool import QueuePool
 from support import PATIENCE, Server, environ, names, refuse_commit, serve_once, text
 
 from models import Item
@@ -173,6 +174,45 @@ def test_first_use_in_many_threads_at_once(engine: Engine, outside: Engine) -> N
     finally:
         sys.setswitchinterval(interval)
     assert len(names(outside)) == 8
+
+
+def test_threads_that_share_a_connection_do_not_forget_each_other(
+    sqlite_url: str, outside: Engine
+) -> None:
+    """A thread that gets the connection which another has just returned is still watched.
+
+    Each request swallows an error that undid its first INSERT, so none may succeed.
+    """
+    options = {"check_same_thread": False}
+    one = create_engine(
+        sqlite_url, poolclass=QueuePool, pool_size=1, max_overflow=0, connect_args=options
+    )
+    registry = scoped_session(sessionmaker(one))
+    with session_scope(registry) as session:
+        session.add(Item(id=1))
+
+    def work() -> None:
+        add(registry)
+        with suppress(IntegrityError):
+            registry.execute(insert(Item).prefix_with("OR ROLLBACK").values(id=1))
+        add(registry)
+
+    def refused(_: int) -> bool:
+        try:
+            post(work, registry)
+        except TransactionDoomed:
+            return True
+        return False
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            assert all(threads.map(refused, range(1500)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(names(outside)) == 1
+    one.dispose()
 
 
 # Sessions that took the place of the request's.

@@ -333,6 +333,21 @@ def test_an_error_that_was_recovered_from_is_not_repeated(
     assert len(calls) == 1
 
 
+def test_an_error_page_after_a_stale_row_in_a_savepoint_is_repeated(registry: Registry) -> None:
+    """A stale row that took back a savepoint only is one even behind the framework's page."""
+    calls: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        with suppress(StaleDataError), registry.begin_nested():
+            make_stale(registry)
+        start_response("500 Internal Server Error", [])
+        return [b"sorry"]
+
+    serve_once(SessionMiddleware(app, registry, attempts=3), environ("POST"))
+    assert len(calls) == 3
+
+
 def test_an_error_that_is_handled_outside_is_none_of_the_request(registry: Registry) -> None:
     """A request that is made while somebody handles a stale row, and fails on purpose: one call."""
     calls: list[int] = []
