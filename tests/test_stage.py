@@ -326,6 +326,21 @@ def test_what_outlives_the_request_has_the_users_own_registry(registry: Registry
 # Streams.
 
 
+def test_a_scope_that_outlives_the_request(registry: Registry, outside: Engine) -> None:
+    """A scope in the context of a request that is over has a session of its own, and commits."""
+    kept: list[Any] = []
+    app = text(b"", status="404 No", before=lambda: kept.append(copy_context()))
+    serve_once(SessionMiddleware(app, registry))
+
+    def later() -> None:
+        with session_scope(registry) as session:
+            assert registry() is session
+            add(registry, "later")
+
+    kept[0].run(later)
+    assert names(outside) == ["later"]
+
+
 def test_scopes_held_open_across_two_alternating_streams(registry: Registry) -> None:
     """Each of two streams, pulled in turn, finds its own scope and session again."""
 
