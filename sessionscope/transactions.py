@@ -63,7 +63,8 @@ class Transaction:
             self.since = monotonic()
         participant = Participant(self, connection)
         self.participants.append(participant)
-        if self.watched:
+        # What a safe request does in AUTOCOMMIT may be repeated, so nothing needs to be heard.
+        if self.watched and not (self.safe and participant.is_autocommit()):
             participant.watch()
         self.handle(Event.JOINED)
         participant.refuse_if_inherited()
