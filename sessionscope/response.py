@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
-from wsgiref.util import is_hop_by_hop
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -32,8 +31,14 @@ _SUCCESS = frozenset(f"{code}{end}" for code in range(200, 400) for end in ("", 
 _LENGTH = re.compile(r"[ \t]*([0-9]+)[ \t]*")  # RFC 9110, 5.5: space around is no part of it
 _TEXT = r"[\t\x20-\x7e\x80-\xff]*"  # latin-1 (PEP 3333, "Unicode Issues") without controls
 _STATUS = re.compile(rf"[0-9]{{3}} (?=[^ ]){_TEXT}")
-_FIELD = re.compile(rf"[!#$%&'*+.^_`|~0-9A-Za-z-]+\n{_TEXT}")  # RFC 9110, 5.1 and 5.5
-_DIGITS = re.compile(r"[0-9]+")
+_FIELD = rf"""
+    (?! (connection | keep-alive | proxy-authenticate | proxy-authorization | te | trailers
+         | transfer-encoding | upgrade) \n )  # hop-by-hop: PEP 3333, "Other HTTP Features"
+    (content-length \n [0-9]+
+     | (?! content-length \n) [!\#$%&'*+.^_`|~0-9a-z-]+ \n {_TEXT})  # RFC 9110, 5.1 and 5.5
+    """
+_FIELDS = re.compile(rf"( {_FIELD} ( \n\n {_FIELD} )* )?", re.VERBOSE | re.IGNORECASE | re.ASCII)
+"""Header fields: name and value are lines, with an empty line between two fields."""
 
 
 def is_success(status: object) -> bool:
@@ -59,17 +64,11 @@ class Head:
         if self.odd or type(self.status) is not str or not _STATUS.fullmatch(self.status):
             return True
         try:
-            for header in self.headers:
-                name, value = header
-                if type(header) is not tuple or type(name) is not str or type(value) is not str:
-                    return True
-                if is_hop_by_hop(name) or not _FIELD.fullmatch(f"{name}\n{value}"):
-                    return True
-                if name.lower() == "content-length" and not _DIGITS.fullmatch(value):
-                    return True
-        except (TypeError, ValueError):
+            shapes = {(type(header), *map(type, header)) for header in self.headers}
+            fields = "\n\n".join(map("\n".join, self.headers))
+        except TypeError:
             return True
-        return False
+        return not shapes <= {(tuple, str, str)} or not _FIELDS.fullmatch(fields)
 
     @cached_property
     def length(self) -> int | None:
