@@ -201,10 +201,8 @@ class Participant:
     def on_statement(self, statement: str) -> None:
         had_work = self.begun or self.has_written()
         self.owner.wrote |= not databases.is_read(statement)
-        if self.is_autocommit():
-            if not self.owner.safe:
-                self.owner.on_durable()
-        elif databases.may_have_committed(self.connection, statement, had_work):
+        autocommit = self.is_autocommit()
+        if autocommit or databases.may_have_committed(self.connection, statement, had_work):
             self.owner.on_durable()
 
     def on_commit(self, *_details: object) -> None:
