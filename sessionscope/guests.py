@@ -67,29 +67,27 @@ class Seat:
         self.session = None
 
 
-class Aside:
+class Aside(Seat):
     """An entry that hides the session of the request from callbacks and observers."""
 
+    closed = False
+
     def __init__(self, stage: StagedRegistry, factory: Callable[[], Any]) -> None:
+        super().__init__()
         self.stage = stage
         self.factory = factory
-        self.seat = Seat()
-        self.closed = False
 
     def show(self) -> Session:
-        if self.seat.session is None:
-            self.seat.take(self.factory())
-        assert self.seat.session is not None
-        return self.seat.session
+        if self.session is None:
+            self.take(self.factory())
+        assert self.session is not None
+        return self.session
 
     def has(self) -> bool:
-        return self.seat.session is not None
+        return self.session is not None
 
-    def replace(self, session: Session) -> None:
-        self.seat.take(session)
-
-    def clear(self) -> None:
-        self.seat.leave()
+    replace = Seat.take
+    clear = Seat.leave
 
     def on_begin_refused(self, error: BaseException) -> None:
         """Do nothing: it keeps no record of errors."""
@@ -98,9 +96,9 @@ class Aside:
         """Do nothing: it keeps no record of commits."""
 
     def close(self) -> None:
-        for sentence in self.seat.work_left():
+        for sentence in self.work_left():
             log.warning("%s; a callback or an observer must commit what it writes", sentence)
-        self.seat.close()
+        super().close()
         self.closed = True
 
 
