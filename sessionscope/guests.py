@@ -42,15 +42,14 @@ class Guest(SessionTracker):
 class Seat:
     """The slot for guests in the registry, which one after the other may occupy."""
 
-    def __init__(self) -> None:
-        self.session: Session | None = None
-        self.guests: list[Guest] = []
+    session: Session | None = None
+    guests: tuple[Guest, ...] = ()
 
     def take(self, session: Session) -> None:
         """Return *session* from now on; one that a session_scope tracks already is no guest."""
         self.session = session
         if tracker_of(session) is None:
-            self.guests.append(Guest(session))
+            self.guests += (Guest(session),)
 
     def leave(self) -> None:
         """Stop returning it: somebody has closed it, or goes on using it elsewhere."""
@@ -63,7 +62,9 @@ class Seat:
     def close(self) -> None:
         """Close the guests."""
         while self.guests:
-            self.guests.pop().close()
+            *others, guest = self.guests
+            self.guests = tuple(others)
+            guest.close()
         self.session = None
 
 

@@ -51,8 +51,8 @@ class StagedSession(SessionTracker):
         session = registry.session_factory()
         if reader is not None and not isinstance(session.bind, Connection):
             session.bind = reader
-        for entry in entries():  # a request around this scope may be retried
-            watched = watched or getattr(entry, "watched", False)
+        # A request around this scope may be retried.
+        watched = watched or any(getattr(entry, "watched", False) for entry in entries())
         super().__init__(session, safe, watched)
         self.registry = registry
         self.stage = staged(registry)

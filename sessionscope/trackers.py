@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sqlalchemy import Connection
     from sqlalchemy.orm import SessionTransaction
@@ -28,6 +28,8 @@ class SessionTracker:
     :param watched: inspect each statement, too.
     """
 
+    losses: Mapping[str, Transaction] = {}
+    """Transactions that the application closed while they held work, by place."""
     previous: Transaction | None = None
     """The last transaction before `transaction` that had a connection."""
     ending = False
@@ -37,8 +39,6 @@ class SessionTracker:
         self.session = session
         self.safe = safe
         self.watched = watched
-        self.losses: dict[str, Transaction] = {}
-        """Transactions that the application closed while they held work, by place."""
         self.transaction = self.new_transaction()
         """The transaction that began last, even if it is over; an idle one before the first."""
         setattr(session, _MARK, self)
@@ -133,7 +133,7 @@ class SessionTracker:
         place = caller()
         known = self.losses.get(place)
         if known is None or transaction.wrote or known.state is not State.DISCARDED:
-            self.losses[place] = transaction
+            self.losses = {**self.losses, place: transaction}
 
     def lost_work(self) -> Iterator[tuple[str, Transaction]]:
         """Yield the losses that ``Session.rollback()`` does not explain, and their places."""
