@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import weakref
 from collections.abc import Callable, Iterator
-from tempfile import SpooledTemporaryFile
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,11 +60,10 @@ class Recorder:
 
     def __init__(self, source: Any) -> None:
         self.source = source
-        self.record = SpooledTemporaryFile(max_size=RECORD_IN_MEMORY)  # noqa: SIM115
+        self.record: Any = io.BytesIO()
         self.recorded = 0
         self.left = 0
         """Recorded bytes that this attempt has not read yet."""
-        self.finalizer = weakref.finalize(self, self.record.close)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
@@ -109,8 +109,13 @@ class Recorder:
         return known + self._keep(receive(missing) if size >= 0 else receive())
 
     def _keep(self, data: bytes) -> bytes:
-        if len(data) > RECORD_IN_MEMORY:
-            self.record.rollover()  # a large piece goes to disk without a copy in memory
-        self.record.write(data)
         self.recorded += len(data)
+        if self.recorded > RECORD_IN_MEMORY and isinstance(self.record, io.BytesIO):
+            self._move_to_disk()
+        self.record.write(data)
         return data
+
+    def _move_to_disk(self) -> None:
+        recorded, self.record = self.record.getvalue(), TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self.record.close)
+        self.record.write(recorded)
