@@ -87,9 +87,7 @@ class Call:
         return chunk
 
     def put_written_before(self, chunk: Any) -> Any:
-        """Return *chunk*, or the first one passed to ``write()``; *chunk* comes after those."""
-        if not self.written:
-            return chunk
+        """Return the first chunk passed to ``write()``; *chunk* comes after those."""
         first, *self.ahead = [*self._take_written(), chunk]
         return first
 

@@ -32,6 +32,11 @@ SESSION_KEY = "sessionscope.session"
 LONG_TRANSACTION = 60.0
 """Seconds for which a stream may keep its transaction open without a warning."""
 
+LONG_STREAM = (
+    "%s: a stream has kept its transaction open for more than %g s; a handler with a long stream "
+    "should commit before its first yield"
+)
+
 LATE_WORK = (
     "work done in close(), after the end of the response, is rolled back: do it before the body "
     "ends, or in an on_commit callback"
@@ -51,7 +56,7 @@ class Attempt:
     """The session's work has been committed or rolled back."""
     returned = False
     """The server has the response, or its body."""
-    finished = reported = False
+    finished = reported = warned = False
 
     def __init__(
         self,
@@ -118,7 +123,7 @@ class Attempt:
             except BaseException as error:
                 self.roll_back(error)
                 raise
-        stream = StreamedBody(self, self.name.__str__)
+        stream = StreamedBody(self, self.name)
         stream.prefetch()
         return stream
 
@@ -139,7 +144,7 @@ class Attempt:
                     self.report()
         if self.returned:
             call.send_head()  # if start_response was called late
-        return call.put_written_before(chunk)
+        return call.put_written_before(chunk) if call.written else chunk
 
     def advance(self) -> Any:
         """Run the application for its next chunk; settle when it has ended."""
@@ -225,8 +230,11 @@ class Attempt:
             self.context.drop()
 
     def warn_if_long(self) -> None:
-        if self.returned and self.unit.transaction.seconds_open() > LONG_TRANSACTION:
-            self.name.warn_of_long_transaction(LONG_TRANSACTION)
+        if self.warned or not self.returned:
+            return
+        if self.unit.transaction.seconds_open() > LONG_TRANSACTION:
+            self.warned = True
+            log.warning(LONG_STREAM, str(self.name), LONG_TRANSACTION)
 
     def report(self) -> None:
         """Report the outcome of the request to the log and the observer, once."""

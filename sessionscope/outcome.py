@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 class RequestName:
     """Method and path of a request, even if the application changes the environ."""
 
-    warned = False
-
     def __init__(self, environ: WSGIEnvironment) -> None:
         self.method: str = environ.get("REQUEST_METHOD", "")
         self.script_name = environ.get("SCRIPT_NAME")
@@ -30,17 +28,6 @@ class RequestName:
     def path(self) -> str:
         path = f"{self.script_name or ''}{self.path_info or ''}"
         return quote(path, safe="/;=,", encoding="latin-1", errors="replace")
-
-    def warn_of_long_transaction(self, seconds: float) -> None:
-        """Warn once that a stream has kept its transaction open for more than *seconds*."""
-        if not self.warned:
-            self.warned = True
-            log.warning(
-                "%s: a stream has kept its transaction open for more than %g s; a handler with "
-                "a long stream should commit before its first yield",
-                str(self),
-                seconds,
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +53,9 @@ class Outcome:
 
 def tell(outcome: Outcome, observer: Callable[[Outcome], object] | None) -> None:
     """Write a line to the log and call *observer*, whose exceptions are logged."""
-    told = outcome.status if outcome.error is None else repr(outcome.error)
-    log.debug("%s %s %s %s", outcome.action, outcome.method, outcome.path, told)
+    told = "%s" if outcome.error is None else "%r"  # formatted by logging, which survives a repr()
+    what = outcome.status if outcome.error is None else outcome.error
+    log.debug(f"%s %s %s {told}", outcome.action, outcome.method, outcome.path, what)
     if observer is not None:
         try:
             observer(outcome)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -166,10 +166,10 @@ class StreamedBody:
     generator, because a generator that is closed before its first ``next()`` never runs its
     ``finally``.
 
-    :param name: returns the name of the request for the log.
+    :param name: the request, for the log.
     """
 
-    def __init__(self, source: Source, name: Callable[[], str]) -> None:
+    def __init__(self, source: Source, name: object) -> None:
         self.source = source
         self.name = name
         self.head: Head | None = None
@@ -225,14 +225,14 @@ class StreamedBody:
         # A server must not send the body of a HEAD response (RFC 9110, 9.3.2), and many
         # applications leave it to the server to drop it.
         if self.head is not None and self.head.method != "HEAD":
-            log.warning("%s: %d bytes beyond the Content-Length were dropped", self.name(), size)
+            log.warning("%s: %d bytes beyond the Content-Length were dropped", str(self.name), size)
 
     def _log_shortage(self) -> None:
         length = None if self.head is None else self.head.length
         if length is not None and self.received < length:
             log.warning(
                 "%s: the body ended after %d of %d bytes",
-                self.name(),
+                str(self.name),
                 self.received,
                 length,
             )
