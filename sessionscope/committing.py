@@ -18,19 +18,14 @@ from sessionscope.states import Action, State
 from sessionscope.trackers import has_changes
 
 if TYPE_CHECKING:
-    from sessionscope.stage import Registry
     from sessionscope.transactions import Transaction
-    from sqlalchemy import Engine
 
 
 class CommittingSession(StagedSession):
-    """A session whose COMMIT is checked, also if the application commits.
+    """A session whose COMMIT is checked, also if the application commits."""
 
-    :param confirm: query PostgreSQL for the outcome of a COMMIT whose reply was lost.
-
-    The other parameters are those of `StagedSession`.
-    """
-
+    confirm = False
+    """Query PostgreSQL for the outcome of a COMMIT whose reply was lost."""
     durable = False
     """Something may be durable, so the request must not be retried."""
     counted: Transaction | None = None
@@ -39,18 +34,6 @@ class CommittingSession(StagedSession):
     """The last transaction that the application committed itself."""
     doubt: Transaction | None = None
     """An earlier transaction whose COMMIT has an unknown outcome."""
-
-    def __init__(
-        self,
-        registry: Registry,
-        reader: Engine | None,
-        safe: bool,
-        watched: bool,
-        warned: set[str],
-        confirm: bool,
-    ) -> None:
-        super().__init__(registry, reader, safe, watched, warned)
-        self.confirm = confirm
 
     def commit_session(self) -> None:
         self.ending = True

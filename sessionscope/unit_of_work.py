@@ -47,8 +47,8 @@ class UnitOfWork(CommittingSession):
         watched: bool = False,
         warned: set[str] | None = None,
     ) -> None:
-        places = set() if warned is None else warned
-        super().__init__(registry, reader, safe, watched, places, confirm)
+        super().__init__(registry, reader, safe, watched, set() if warned is None else warned)
+        self.confirm = confirm
         self.joinable = joinable
 
     def commit(self) -> None:
