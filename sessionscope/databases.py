@@ -173,6 +173,11 @@ def is_autocommit(connection: Connection) -> bool:
         return False
 
 
+def _libpq_status(driver: Any) -> int | None:
+    """Return libpq's transaction status; None if the driver is not made of libpq."""
+    return getattr(getattr(driver, "info", None), "transaction_status", None)
+
+
 def is_in_transaction(driver: Any, unknown: bool) -> bool:
     """Return whether the driver has an open transaction.
 
@@ -180,9 +185,9 @@ def is_in_transaction(driver: Any, unknown: bool) -> bool:
     """
     if isinstance(driver, sqlite3.Connection):
         return driver.in_transaction
-    status = getattr(getattr(driver, "info", None), "transaction_status", None)
+    status = _libpq_status(driver)
     if status is not None:
-        return bool(status != 0)  # libpq's PQTRANS_IDLE
+        return status != 0  # PQTRANS_IDLE
     flags = getattr(driver, "server_status", None)  # PyMySQL
     return unknown if flags is None else bool(flags & 1)  # SERVER_STATUS_IN_TRANS
 
@@ -217,14 +222,13 @@ def is_aborted(connection: Connection, error: BaseException | None) -> bool:
     """
     if connection.dialect.name != "postgresql":
         return False
-    info = getattr(driver_connection(connection), "info", None)
-    status = getattr(info, "transaction_status", None)
-    if status == 3:  # libpq's PQTRANS_INERROR
+    status = _libpq_status(driver_connection(connection))
+    if status == 3:  # PQTRANS_INERROR
         return True
     if error is None or is_autocommit(connection):
         return False
     if status is not None:
-        return bool(status == 0)  # PQTRANS_IDLE after an error: it was committed as text
+        return status == 0  # PQTRANS_IDLE after an error: it was committed as text
     try:
         connection.execute(select(1))  # pg8000 does not know: query the server
     except DBAPIError:
@@ -273,9 +277,9 @@ def may_have_committed(connection: Connection, statement: str, had_work: bool) -
     driver = driver_connection(connection)
     if connection.dialect.name == "sqlite":
         return not driver.in_transaction and (had_work or not is_read(statement))
-    status = getattr(getattr(driver, "info", None), "transaction_status", None)
+    status = _libpq_status(driver)
     if status is not None:
-        return bool(status == 0)  # libpq's PQTRANS_IDLE
+        return status == 0  # PQTRANS_IDLE
     if connection.dialect.name == "postgresql":  # where DDL is part of the transaction
         return _first_word(statement) == "PREPARE"
     if _first_word(statement) == "SET":
@@ -283,5 +287,9 @@ def may_have_committed(connection: Connection, statement: str, had_work: bool) -
     return _first_word(statement) not in _STAYS_OPEN
 
 
+_FIRST_WORD = re.compile(r"(?:[\s(]|/\*.*?\*/|--[^\n]*\n)*(\w*)", re.DOTALL)  # after comments
+
+
 def _first_word(statement: str) -> str:
-    return statement.lstrip(" \t\r\n(").split(None, 1)[0].upper() if statement.strip() else ""
+    found = _FIRST_WORD.match(statement)
+    return found[1].upper() if found else ""
