@@ -39,8 +39,13 @@ class Replay:
         self.at_entry = environ.copy()
 
     def is_possible(self) -> bool:
-        """Return whether the body can be read again: the application may have closed it."""
+        """Return whether the body can be read again.
+
+        The application may have closed it, or read it in a way that was not recorded.
+        """
         stream: Any = self.at_entry.get("wsgi.input")
+        if isinstance(stream, Recorder) and stream.bypassed:
+            return False
         return not getattr(stream, "closed", False)
 
     def rewind(self) -> None:
@@ -52,11 +57,19 @@ class Replay:
             stream.seek(self.position)
 
 
+HARMLESS = frozenset({"close", "flush", "isatty", "readable", "seekable", "tell", "writable"})
+"""Methods of a body through which nothing can be read."""
+
+
 class Recorder:
     """``wsgi.input`` (PEP 3333, "Input and Error Streams") that records and replays.
 
-    Other attributes are those of the server's object.
+    It also has the methods that ``io`` reads with.  Other attributes are those of the server's
+    object, which may read past the recording.
     """
+
+    bypassed = False
+    """Something may have been read that was not recorded."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -66,7 +79,10 @@ class Recorder:
         """Recorded bytes that this attempt has not read yet."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
+        found = getattr(self.source, name)
+        harmless = name in HARMLESS or isinstance(found, (str, int, type(None)))
+        self.bypassed = self.bypassed or not harmless
+        return found
 
     def seek(self, position: int) -> None:
         self.record.seek(position)
@@ -77,6 +93,17 @@ class Recorder:
 
     def readline(self, size: int | None = -1) -> bytes:
         return self._take(self.record.readline, self.source.readline, size, until=b"\n")
+
+    def read1(self, size: int | None = -1) -> bytes:
+        return self._take(self.record.read, getattr(self.source, "read1", self.source.read), size)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self.read1(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    readinto1 = readinto
 
     def readlines(self, hint: int | None = -1) -> list[bytes]:
         lines, size = [], 0

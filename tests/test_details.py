@@ -194,10 +194,24 @@ def test_a_stream_that_fails_is_reported_at_once(
 class Input:
     """An input that cannot be rewound, with something of the server's own."""
 
-    raw = "the server's own"
+    name = "the server's own"
+    closed = False
+    flush = close = lambda self: None
 
     def __init__(self, content: bytes) -> None:
         self.content = io.BytesIO(content)
+        self.read1 = self.content.read1
+        self.readinto = self.content.readinto
+        self.peek = self.content.getvalue
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
 
     def read(self, size: int = -1) -> bytes:
         return self.content.read(size)
@@ -220,8 +234,18 @@ READS: dict[str, Callable[[Any], object]] = {
     "readlines(5)": lambda stream: [stream.readlines(5), stream.readlines()],
     "readlines(None)": lambda stream: stream.readlines(None),
     "iteration": lambda stream: list(stream),
-    "raw": lambda stream: stream.raw,
+    "name": lambda stream: stream.name,
+    "read1": lambda stream: [stream.read1(5), stream.read1()],
+    "as text": lambda stream: read_by(io.TextIOWrapper(stream)),
+    "buffered": lambda stream: read_by(io.BufferedReader(stream)),
 }
+
+
+def read_by(reader: Any) -> object:
+    """Read a stream as an application does that wraps it."""
+    content = reader.readlines()
+    reader.detach()
+    return content
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
@@ -249,6 +273,21 @@ def test_the_recorded_input_is_as_the_servers(
     serve_once(SessionMiddleware(app, registry, attempts=4), request)
     expected = read(Input(LINES))
     assert [one for one in seen if one is not None] == [expected] * (2 if first else 3)
+
+
+def test_a_body_that_was_not_recorded_is_not_read_again(registry: Registry) -> None:
+    """A request whose body was read by something of the server's own is not repeated."""
+
+    calls: list[bytes] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(environ["wsgi.input"].peek())
+        raise StaleDataError
+
+    request = {**environ("POST"), "wsgi.input": Input(LINES)}
+    with pytest.raises(StaleDataError):
+        serve_once(SessionMiddleware(app, registry, attempts=3), request)
+    assert calls == [LINES]
 
 
 def test_a_large_body_is_recorded_on_disk(registry: Registry) -> None:
