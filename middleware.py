@@ -43,8 +43,9 @@ from typing import TYPE_CHECKING
 from sessionscope.attempt import SESSION_KEY, Attempt
 from sessionscope.callbacks import on_commit
 from sessionscope.errors import CommitOutcomeUnknown, TransactionDoomed, require
+from sessionscope.events import prepare
 from sessionscope.outcome import Outcome
-from sessionscope.participants import watch_binds
+from sessionscope.participants import binds_of
 from sessionscope.replay import Replay
 from sessionscope.response import is_success
 from sessionscope.stage import log, staged
@@ -141,8 +142,7 @@ class SessionMiddleware:
         self.observer = observer
         self.warned: set[str] = set()
         staged(registry)
-        if attempts > 1:
-            watch_binds(registry)
+        prepare([*binds_of(registry), reader], watched=attempts > 1)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         outer = staged(self.registry).current()

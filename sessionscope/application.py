@@ -68,7 +68,10 @@ class Call:
         """
         if exc_info is not None:
             if self.head is not None and self.head.sent:
-                raise exc_info[1].with_traceback(exc_info[2])
+                try:
+                    raise exc_info[1].with_traceback(exc_info[2])
+                finally:
+                    exc_info = None  # PEP 3333: no cycle of frames
             self.written.clear()
         elif self.head is not None:
             raise AssertionError("start_response was called again without exc_info (PEP 3333)")

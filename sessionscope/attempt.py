@@ -149,10 +149,8 @@ class Attempt:
     def advance(self) -> Any:
         """Run the application for its next chunk; settle when it has ended."""
         try:
-            try:
-                chunk = self.call.next()
-            finally:
-                self.warn_if_long()
+            chunk = self.call.next()
+            self.warn_if_long()
             if chunk is END:
                 self.settle()
         except BaseException as error:
@@ -186,12 +184,13 @@ class Attempt:
     def roll_back(self, error: BaseException | None) -> None:
         """Roll back because of *error*, of the status, or of a client that disconnected."""
         if not self.settled:
+            self.warn_if_long()
             self.settled, self.error = True, error
             self.context.run(self.unit.rollback, error)
 
     def discard_response(self, error: BaseException | None, quietly: bool = True) -> None:
         """Finish a response that the server does not get; *quietly*, without an outcome."""
-        self.reported = quietly
+        self.reported = self.reported or quietly
         try:
             self.finish(error)
         except Exception:
@@ -206,7 +205,6 @@ class Attempt:
             return
         self.finished = True
         try:
-            self.warn_if_long()
             with self.position:
                 try:
                     with self.unit.extra_work(LATE_WORK) if self.settled else nullcontext():
@@ -216,6 +214,7 @@ class Attempt:
                     raise
                 finally:
                     self.roll_back(error)
+                    del error  # whose traceback may lead back to here
         finally:
             self.release()
             self.report()

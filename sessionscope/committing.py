@@ -64,8 +64,7 @@ class CommittingSession(StagedSession):
         if transaction.state is not State.IN_DOUBT:
             return False
         if isinstance(error, Exception):
-            self.settle_doubt(error)
-            return True
+            return self.took_effect(transaction, error)
         self.resolve(transaction, ask=False)
         return False
 
@@ -75,23 +74,28 @@ class CommittingSession(StagedSession):
             return self.doubt
         return self.transaction if self.transaction.state is State.IN_DOUBT else None
 
-    def settle_doubt(self, error: BaseException | None = None) -> None:
+    def settle_doubt(self) -> None:
         """Find out the outcome of a COMMIT whose reply was lost, also of the application's.
 
-        :raises TransactionDoomed: if it was aborted; *error* instead, if that is given.
+        :raises TransactionDoomed: if it was aborted.
         :raises CommitOutcomeUnknown: if that cannot be found out.
         """
         transaction = self.in_doubt()
-        if transaction is None:
-            return
+        if transaction is not None and not self.took_effect(transaction):
+            raise swallowed("COMMIT failed") from transaction.error
+
+    def took_effect(self, transaction: Transaction, error: BaseException | None = None) -> bool:
+        """Return whether a COMMIT whose reply was lost took effect.
+
+        :raises CommitOutcomeUnknown: if that cannot be found out.
+        """
         self.resolve(transaction, ask=True)
         if transaction.state is State.IN_DOUBT:
             raise CommitOutcomeUnknown(
                 "COMMIT was sent, but its outcome is unknown: the work may be stored or not, so "
                 "check before you repeat it"
             ) from (transaction.error or error)
-        if transaction.state is not State.COMMITTED:
-            raise error or swallowed("COMMIT failed") from transaction.error
+        return transaction.state is State.COMMITTED
 
     def resolve(self, transaction: Transaction, ask: bool) -> None:
         """Query the database for the outcome of COMMIT, if possible, and end *transaction*.

@@ -257,7 +257,7 @@ _READS = frozenset({"SELECT", "VALUES", "WITH", "EXPLAIN", "SHOW", "PRAGMA", "DE
 _STAYS_OPEN = _READS | {
     "INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "SAVEPOINT", "RELEASE", "ROLLBACK", "SIGNAL",
 }  # fmt: skip
-_COMMITS = re.compile(r"\bCOMMIT\b|^\s*END\b", re.IGNORECASE)
+_COMMITS_LATER = re.compile(r";\s*(COMMIT|END)\b", re.IGNORECASE)
 
 
 def is_read(statement: str) -> bool:
@@ -272,7 +272,7 @@ def may_have_committed(connection: Connection, statement: str, had_work: bool) -
 
     :param had_work: on SQLite, whether there was a transaction to commit.
     """
-    if _COMMITS.search(statement):
+    if _commits(statement):
         return True
     driver = driver_connection(connection)
     if connection.dialect.name == "sqlite":
@@ -282,9 +282,37 @@ def may_have_committed(connection: Connection, statement: str, had_work: bool) -
         return status == 0  # PQTRANS_IDLE
     if connection.dialect.name == "postgresql":  # where DDL is part of the transaction
         return _first_word(statement) == "PREPARE"
-    if _first_word(statement) == "SET":
-        return "autocommit" in statement.lower()
-    return _first_word(statement) not in _STAYS_OPEN
+    return _commits_on_mariadb(statement)
+
+
+def may_be_durable(context: ExceptionContext, autocommit: bool) -> bool:
+    """Return whether something of a statement that failed may be durable.
+
+    In AUTOCOMMIT: the statement, if its reply was lost; the first of many rows; what a procedure
+    did before.  In a transaction: what a procedure or DDL of MariaDB committed before it failed,
+    or a COMMIT as text whose reply was lost.
+    """
+    statement, execution = context.statement, context.execution_context
+    if statement is None:
+        return False
+    if autocommit:
+        several = execution is not None and execution.executemany
+        return context.is_disconnect or several or _first_word(statement) not in _STAYS_OPEN
+    if context.dialect.name in ("mysql", "mariadb"):
+        return _commits_on_mariadb(statement)
+    return context.is_disconnect and _commits(statement)
+
+
+def _commits(statement: str) -> bool:
+    """Return whether *statement* contains a COMMIT."""
+    first = _first_word(statement)
+    return first in ("COMMIT", "END") or _COMMITS_LATER.search(statement) is not None
+
+
+def _commits_on_mariadb(statement: str) -> bool:
+    """Return whether *statement* may commit on MariaDB, as DDL and procedures do."""
+    first = _first_word(statement)
+    return "autocommit" in statement.lower() if first == "SET" else first not in _STAYS_OPEN
 
 
 _FIRST_WORD = re.compile(r"(?:[\s(]|/\*.*?\*/|--[^\n]*\n)*(\w*)", re.DOTALL)  # after comments

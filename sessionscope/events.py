@@ -10,9 +10,11 @@ come last: see `_before_commit`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from sessionscope.participants import participants_of
+from sessionscope.databases import is_of_commit, leaves_commit_unknown
+from sessionscope.participants import participants_of, watch
 from sessionscope.stage import entries
 from sessionscope.trackers import tracker_of
 from sqlalchemy import Connection, Engine, PoolResetState, event
@@ -32,9 +34,19 @@ def _handle_error(context: ExceptionContext) -> None:
     ]
     for participant in participants:
         participant.on_error(context)
-    if not participants and connection.get_transaction() is None:
+    if not participants:
+        _handle_error_of_others(context, connection)
+
+
+def _handle_error_of_others(context: ExceptionContext, connection: Connection) -> None:
+    """Handle a BEGIN that failed, or a COMMIT of a connection that belongs to no unit of work."""
+    error = context.sqlalchemy_exception or context.original_exception
+    if connection.get_transaction() is None:
         for entry in entries():
-            entry.on_begin_refused(context.sqlalchemy_exception or context.original_exception)
+            entry.on_begin_refused(error)
+    elif is_of_commit(context) and leaves_commit_unknown(error):
+        for entry in entries():
+            entry.on_commit_of(None)
 
 
 @event.listens_for(Session, "after_transaction_create", insert=True)
@@ -53,10 +65,28 @@ def _after_transaction_create(session: Session, transaction: SessionTransaction)
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     tracker = tracker_of(session)
     if tracker is not None and not transaction.nested:
-        pool = connection.engine.pool
-        if _reset not in pool.dispatch.reset:
-            event.listen(pool, "reset", _reset)
+        _listen_to_pool(connection.engine)
         tracker.on_join(connection)
+
+
+def prepare(binds: Iterable[object], watched: bool) -> None:
+    """Listen to engines and their pools before requests run in other threads.
+
+    Adding a listener disturbs a thread in which the engine or the pool is just calling another.
+
+    :param binds: engines; what else sessions are bound to is ignored.
+    :param watched: listen to each statement, too.
+    """
+    for bind in binds:
+        if isinstance(bind, Engine):
+            _listen_to_pool(bind)
+            if watched:
+                watch(bind)
+
+
+def _listen_to_pool(engine: Engine) -> None:
+    if _reset not in engine.pool.dispatch.reset:
+        event.listen(engine.pool, "reset", _reset)
 
 
 def _reset(dbapi_connection: Any, record: Any, state: PoolResetState) -> None:

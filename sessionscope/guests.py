@@ -62,8 +62,7 @@ class Seat:
     def close(self) -> None:
         """Close the guests."""
         while self.guests:
-            *others, guest = self.guests
-            self.guests = tuple(others)
+            guest, self.guests = self.guests[-1], self.guests[:-1]
             guest.close()
         self.session = None
 
@@ -74,7 +73,6 @@ class Aside(Seat):
     closed = False
 
     def __init__(self, stage: StagedRegistry, factory: Callable[[], Any]) -> None:
-        super().__init__()
         self.stage = stage
         self.factory = factory
 

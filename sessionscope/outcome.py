@@ -53,9 +53,11 @@ class Outcome:
 
 def tell(outcome: Outcome, observer: Callable[[Outcome], object] | None) -> None:
     """Write a line to the log and call *observer*, whose exceptions are logged."""
-    told = "%s" if outcome.error is None else "%r"  # formatted by logging, which survives a repr()
-    what = outcome.status if outcome.error is None else outcome.error
-    log.debug(f"%s %s %s {told}", outcome.action, outcome.method, outcome.path, what)
+    done = outcome.action, outcome.method, outcome.path
+    if outcome.error is None:
+        log.debug("%s %s %s %s", *done, outcome.status)
+    else:
+        log.debug("%s %s %s %r", *done, outcome.error)  # by logging: a repr() may raise
     if observer is not None:
         try:
             observer(outcome)

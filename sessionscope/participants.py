@@ -55,15 +55,10 @@ def watch(engine: Engine) -> None:
             event.listen(engine, name, listener)
 
 
-def watch_binds(registry: Registry) -> None:
-    """Watch the engines of *registry*, before requests run in other threads.
-
-    Adding a listener disturbs a thread in which the engine is just calling another.
-    """
+def binds_of(registry: Registry) -> list[object]:
+    """Return the engines and connections that the sessions of *registry* are bound to."""
     options = getattr(registry.session_factory, "kw", {})
-    for bind in (options.get("bind"), *(options.get("binds") or {}).values()):
-        if isinstance(bind, Engine):
-            watch(bind)
+    return [options.get("bind"), *(options.get("binds") or {}).values()]
 
 
 class Participant:
@@ -117,7 +112,10 @@ class Participant:
         if error is not None:
             self.aborted = True
             self.owner.note_error(error)
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # whose traceback leads back to here
 
     def watch(self) -> None:
         """Inspect each statement and COMMIT: it may make work durable.
@@ -187,6 +185,16 @@ class Participant:
             connection.get_transaction(),
         )
 
+    def on_committed(self) -> None:
+        """Handle a COMMIT: all transactions on the same connection of the driver are committed.
+
+        SQLite in memory gives each thread one connection, whatever its sessions.
+        """
+        if len(self.others) > 1:
+            for participant in participants_of(self.connection.info):
+                driver = participant.sqlite()
+                participant.begun = driver is not None and driver.in_transaction
+
     def on_return(self, driver: Any, claimed: bool) -> None:
         """Handle the return of the connection to its pool.
 
@@ -218,6 +226,8 @@ class Participant:
         if isinstance(error, OSError) or databases.error_code(error) in databases.NODE_LOST:
             context.is_disconnect = True  # SQLAlchemy does not count it as one
             context.invalidate_pool_on_disconnect = False
+        if self.watched and databases.may_be_durable(context, self.is_autocommit()):
+            owner.on_durable()
         owner.note_error(error)
         self.error = self.error or error
         if not (self.aborted or context.is_disconnect or self.is_autocommit()):

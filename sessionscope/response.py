@@ -68,7 +68,9 @@ class Head:
             fields = "\n\n".join(map("\n".join, self.headers))
         except TypeError:
             return True
-        return not shapes <= {(tuple, str, str)} or not _FIELDS.fullmatch(fields)
+        # A line break in a value could make it look like more fields.
+        broken = fields.count("\n") > 3 * len(self.headers)
+        return broken or not shapes <= {(tuple, str, str)} or not _FIELDS.fullmatch(fields)
 
     @cached_property
     def length(self) -> int | None:
@@ -199,11 +201,11 @@ class StreamedBody:
 
     def _advance(self) -> Any:
         """Return the next chunk that may be sent; `END` after the last."""
-        withheld = END
+        withheld, excess = END, 0
         while (chunk := self.source.pull()) is not END:
             head = self.source.head
             if head is not self.head:  # the new head takes back the old one's body
-                self.head, withheld, self.received = head, END, 0
+                self.head, withheld, self.received, excess = head, END, 0, 0
             length = None if head is None else head.length
             size = len(chunk) if type(chunk) is bytes else size_of(chunk)
             if size == 0:
@@ -216,26 +218,21 @@ class StreamedBody:
                 self.received += size
                 withheld = _keep(chunk)
             else:
-                self._log_excess(size)
-        if withheld is END:
-            self._log_shortage()
+                excess += size
+        if self.head is not None:
+            self._compare(self.head, excess)
         return withheld
 
-    def _log_excess(self, size: int) -> None:
+    def _compare(self, head: Head, excess: int) -> None:
+        """Log the difference between the body, which has ended, and its Content-Length."""
         # A server must not send the body of a HEAD response (RFC 9110, 9.3.2), and many
         # applications leave it to the server to drop it.
-        if self.head is not None and self.head.method != "HEAD":
-            log.warning("%s: %d bytes beyond the Content-Length were dropped", str(self.name), size)
-
-    def _log_shortage(self) -> None:
-        length = None if self.head is None else self.head.length
-        if length is not None and self.received < length:
-            log.warning(
-                "%s: the body ended after %d of %d bytes",
-                str(self.name),
-                self.received,
-                length,
-            )
+        if excess and head.method != "HEAD":
+            message = "%s: %d bytes beyond the Content-Length were dropped"
+            log.warning(message, str(self.name), excess)
+        elif head.length is not None and self.received < head.length:
+            message = "%s: the body ended after %d of %d bytes"
+            log.warning(message, str(self.name), self.received, head.length)
 
     def close(self) -> None:
         """End the request.  The server calls this in any case (PEP 3333)."""

@@ -101,8 +101,7 @@ class SessionTracker:
 
     def on_commit(self) -> None:
         """Handle a COMMIT that has returned."""
-        self.transaction.commit_returned = True
-        self.transaction.handle(Event.COMMITTED)
+        self.transaction.on_committed()
 
     def on_undone(self) -> None:
         """Handle a rollback by SQLAlchemy."""

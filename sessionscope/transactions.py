@@ -37,7 +37,7 @@ class Transaction:
 
     state = State.IDLE
     error: BaseException | None = None
-    """The first error."""
+    """The error that made the database roll back all of it; else the last one."""
     wrote = False
     since: float | None = None
     """When it began on a connection, in seconds of a monotonic clock."""
@@ -87,7 +87,8 @@ class Transaction:
 
     def note_error(self, error: BaseException) -> None:
         repeats = databases.error_code(error) == databases.REPEATS_EARLIER_ERROR
-        if self.error is None and not repeats:
+        final = any(participant.aborted for participant in self.participants)
+        if not repeats and (self.error is None or not final):
             self.error = error
 
     def is_lost(self) -> bool:
@@ -105,6 +106,13 @@ class Transaction:
     def has_written(self) -> bool:
         """Return whether it has certainly changed something."""
         return self.wrote or any(one.has_written() for one in self.participants)
+
+    def on_committed(self) -> None:
+        """Handle a COMMIT that has returned."""
+        self.commit_returned = True
+        self.handle(Event.COMMITTED)
+        for participant in self.participants:
+            participant.on_committed()
 
     def on_commit_error(self, error: BaseException) -> None:
         """Handle *error*, raised by COMMIT on one of the connections."""

@@ -16,10 +16,10 @@ from sessionscope import (
     session_scope,
 )
 from sessionscope.engines import make_engine
-from sqlalchemy import Engine, event, insert, select
+from sqlalchemy import Engine, create_engine, event, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from support import Server, environ, names, refuse_commit, serve_once, text
+from support import Server, environ, make_tables, names, refuse_commit, serve_once, text
 
 from models import Item
 from web.database import create_tables
@@ -329,6 +329,50 @@ def test_the_observer_is_told_of_exceptions(registry: Registry) -> None:
     assert [(o.action, o.status, type(o.error)) for o in seen] == [("rollback", None, LookupError)]
 
 
+class NeedsSession(Exception):
+    """An exception whose repr() reads an attribute that must be loaded."""
+
+    def __repr__(self) -> str:
+        return f"about {self.args[0].name}"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_exception_that_cannot_be_shown_is_told(streamed: bool, registry: Registry) -> None:
+    """An exception whose repr() needs the session, which is gone by then, is the server's."""
+    outcomes: list[Outcome] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        item = Item(name="x")
+        registry.add(item)
+        registry.commit()
+        start_response("200 OK", [])
+        if streamed:
+            yield b"one"
+        raise NeedsSession(item)
+
+    managed = SessionMiddleware(
+        app if streamed else lambda *request: list(app(*request)),
+        registry,
+        observer=outcomes.append,
+    )
+    with pytest.raises(NeedsSession):
+        serve_once(managed)
+    assert [type(outcome.error) for outcome in outcomes] == [NeedsSession]
+
+
+def test_a_server_that_refuses_the_head_makes_no_second_outcome(registry: Registry) -> None:
+    """The observer is told once, also if start_response raises after the COMMIT."""
+    outcomes: list[Outcome] = []
+
+    def refuse(*_head: object) -> Any:
+        raise BrokenPipeError
+
+    app = text(b"", before=lambda: registry.add(Item(name="x")))
+    with pytest.raises(BrokenPipeError):
+        SessionMiddleware(app, registry, observer=outcomes.append)(environ(), refuse)
+    assert [outcome.action for outcome in outcomes] == ["commit"]
+
+
 def test_the_observer_is_told_of_a_refused_commit(registry: Registry) -> None:
     """A COMMIT that failed is a rollback with an error."""
     seen: list[Outcome] = []
@@ -502,6 +546,37 @@ def memory() -> Iterator[Registry]:
     create_tables(engine)
     yield scoped_session(sessionmaker(engine))
     engine.dispose()
+
+
+def test_a_scope_on_the_connection_of_the_request() -> None:
+    """SQLite in memory has one connection per thread: a scope's COMMIT is the request's, too."""
+    engine = create_engine("sqlite://")
+    registry: Registry = scoped_session(sessionmaker(engine))
+    make_tables(engine)
+
+    def work() -> None:
+        registry.add(Item(name="request"))
+        registry.flush()
+        with session_scope(registry) as session:
+            session.add(Item(name="scope"))
+
+    serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
+    assert names(engine) == ["request", "scope"]
+    engine.dispose()
+
+
+def test_a_scope_that_gets_the_session_of_the_request_is_refused(engine: Engine) -> None:
+    """A factory that returns the same session twice cannot serve a scope in a request."""
+    session = Session(engine)
+    registry: Registry = scoped_session(lambda: session)  # type: ignore[arg-type]
+
+    def work() -> None:
+        with session_scope(registry):
+            raise AssertionError("unreachable")
+
+    app = SessionMiddleware(text(b"", before=work), registry)
+    with pytest.raises(RuntimeError, match="returned a session that is in use already"):
+        serve_once(app)
 
 
 def test_a_scope_that_stays_open_across_chunks_keeps_its_session(

@@ -578,6 +578,20 @@ def test_an_unknown_outcome_that_became_a_page_is_not_repeated(
     assert len(calls) == 1
 
 
+def test_the_unknown_outcome_of_a_session_of_its_own_is_not_repeated(cut_off: Registry) -> None:
+    """Nor is one in which a session that nothing of ours runs lost the answer to its COMMIT."""
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        with cut_off.session_factory() as session:
+            session.execute(insert(Item).values(name="x"))
+            session.commit()
+
+    refuse_to_repeat(text(b"", before=work), cut_off, DBAPIError)
+    assert len(calls) == 1
+
+
 def test_an_inner_unknown_outcome_is_not_repeated(cut_off: Registry) -> None:
     """Nor is a request in which a session_scope lost the answer to its COMMIT."""
     calls: list[int] = []
@@ -819,20 +833,22 @@ def test_attempts_with_an_engine_per_table(engine: Engine, outside: Engine) -> N
     assert names(outside) == ["kept"]
 
 
-@pytest.mark.parametrize("bind", ["bind", "binds"])
+@pytest.mark.parametrize("heard", ["after_cursor_execute", "reset"])
+@pytest.mark.parametrize("bind", ["bind", "binds", "reader"])
 def test_attempts_disturb_no_thread_in_a_listener(
-    bind: str, sqlite_url: str, engine: Engine
+    bind: str, heard: str, sqlite_url: str, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another thread may be in a listener of the engine while the first request runs."""
+    """Another thread may be in a listener of engine or pool while the first request runs."""
     plain = create_engine(sqlite_url)  # which has two connections
     options: dict[str, Any] = {"bind": plain} if bind == "bind" else {"binds": {Item: plain}}
-    registry: Registry = scoped_session(sessionmaker(**options))
+    registry: Registry = scoped_session(sessionmaker(**({} if bind == "reader" else options)))
     app = text(b"fine", before=lambda: registry.execute(select(Item)))
-    application = SessionMiddleware(app, registry, attempts=2)
+    reader = plain if bind == "reader" else None
+    application = SessionMiddleware(app, registry, attempts=2, reader=reader)
     inside, may_go_on = threading.Event(), threading.Event()
     main = threading.get_ident()
 
-    @event.listens_for(plain, "after_cursor_execute")
+    @event.listens_for(plain, heard)
     def wait(*_: object) -> None:
         if threading.get_ident() != main:
             inside.set()
@@ -846,6 +862,7 @@ def test_attempts_disturb_no_thread_in_a_listener(
         finally:
             may_go_on.set()
         assert other.result(PATIENCE) == []
+    assert "Exception during reset" not in caplog.text
     plain.dispose()
 
 

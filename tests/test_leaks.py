@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -183,7 +184,63 @@ def test_requests_leave_nothing(
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
-CYCLELESS = [success, refusal, exception, stream, hang_up, retry, curious_observer]
+def late_exception(registry: Registry) -> Once:
+    """An exception for ``start_response``, after the head has been sent."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        read(registry)
+        yield b"one"
+        try:
+            raise LookupError
+        except LookupError:
+            start_response("500 Oops", [], sys.exc_info())
+
+    managed = SessionMiddleware(app, registry)
+
+    def once() -> None:
+        with suppress(LookupError):
+            serve_once(managed)
+
+    return once
+
+
+class Unclosable:
+    """A body whose close() raises."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter([b"one"])
+
+    def close(self) -> None:
+        raise LookupError
+
+
+def unclosable(registry: Registry) -> Once:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        read(registry)
+        return Unclosable()
+
+    managed = SessionMiddleware(app, registry)
+
+    def once() -> None:
+        with suppress(LookupError):
+            serve_once(managed)
+
+    return once
+
+
+CYCLELESS = [
+    success,
+    refusal,
+    exception,
+    late_exception,
+    unclosable,
+    stream,
+    hang_up,
+    retry,
+    curious_observer,
+]
 
 
 @pytest.mark.parametrize("kind", CYCLELESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -11,7 +12,7 @@ from sessionscope import SessionMiddleware, engines, on_commit, session_scope
 from sessionscope.engines import make_engine
 from sqlalchemy import Engine, create_engine, event, insert
 from sqlalchemy import text as sql
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 from support import environ, names, serve_once, text
@@ -190,6 +191,115 @@ def test_postgresql_commits_that_begin_again(chained: str, postgresql: Engine) -
     assert calls_until_stale(scoped_session(sessionmaker(postgresql)), work) == 1
 
 
+# Statements that fail when something of them is durable.
+
+POSTGRESQL_PROCEDURE = """
+    CREATE PROCEDURE add_and_fail() LANGUAGE plpgsql AS
+    $$ BEGIN INSERT INTO items (name) VALUES ('kept'); COMMIT; {failure}; END $$
+    """
+MARIADB_PROCEDURE = """
+    CREATE OR REPLACE PROCEDURE add_and_fail() BEGIN
+    INSERT INTO items (name) VALUES ('kept'); COMMIT;
+    SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213; END
+    """
+CUT_OFF = "PERFORM pg_terminate_backend(pg_backend_pid())"
+CONFLICT = "RAISE EXCEPTION 'again' USING ERRCODE = '40001'"
+
+
+def calls_until_success(registry: Registry, work: Callable[[], object]) -> int:
+    """How often a request is tried until *work* raises nothing transient, or for good."""
+    calls: list[int] = []
+
+    def counted() -> None:
+        calls.append(1)
+        work()
+
+    with suppress(DBAPIError):
+        serve_once(
+            SessionMiddleware(text(b"", before=counted), registry, attempts=3), environ("POST")
+        )
+    return len(calls)
+
+
+@pytest.mark.parametrize("failure", [CUT_OFF, CONFLICT])
+def test_postgresql_a_procedure_that_commits_and_fails(failure: str, postgresql: Engine) -> None:
+    """A CALL in AUTOCOMMIT that fails after its own COMMIT is not made again."""
+    with postgresql.begin() as connection:
+        connection.execute(sql(POSTGRESQL_PROCEDURE.format(failure=failure)))
+    auto = postgresql.execution_options(isolation_level="AUTOCOMMIT")
+    registry: Registry = scoped_session(sessionmaker(auto))
+    calls = calls_until_success(registry, lambda: registry.execute(sql("CALL add_and_fail()")))
+    assert (calls, names(postgresql)) == (1, ["kept"])
+    with postgresql.begin() as connection:
+        connection.execute(sql("DROP PROCEDURE add_and_fail"))
+
+
+@pytest.mark.parametrize("mode", ["REPEATABLE READ", "AUTOCOMMIT"])
+def test_mariadb_a_procedure_that_commits_and_fails(mode: str, mariadb: Engine) -> None:
+    """A CALL that fails with a deadlock after its own COMMIT is not made again."""
+    with mariadb.begin() as connection:
+        connection.execute(sql(MARIADB_PROCEDURE))
+    registry: Registry = scoped_session(
+        sessionmaker(mariadb.execution_options(isolation_level=mode))
+    )
+    calls = calls_until_success(registry, lambda: registry.execute(sql("CALL add_and_fail()")))
+    assert (calls, names(mariadb)) == (1, ["kept"])
+    with mariadb.begin() as connection:
+        connection.execute(sql("DROP PROCEDURE add_and_fail"))
+
+
+def test_postgresql_a_commit_as_text_whose_reply_is_lost(postgresql: Engine) -> None:
+    """A connection that is lost in a COMMIT as text is not one that was found dead."""
+    registry: Registry = scoped_session(sessionmaker(postgresql))
+
+    def work() -> None:
+        add(registry, "kept")
+        registry.connection().exec_driver_sql(
+            "COMMIT; SELECT pg_terminate_backend(pg_backend_pid())"
+        )
+
+    assert (calls_until_success(registry, work), names(postgresql)) == (1, ["kept"])
+
+
+def test_rows_of_many_that_failed_in_autocommit(engine: Engine, sqlite_url: str) -> None:
+    """In AUTOCOMMIT an executemany that is BUSY at its last row has kept the others."""
+    auto = create_engine(sqlite_url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 0})
+    registry: Registry = scoped_session(sessionmaker(auto))
+    rival = sqlite3.connect(engine.url.database or "", isolation_level=None)
+    rows: list[str] = []
+
+    def lock_at_the_last(statement: str) -> None:
+        if statement.startswith("INSERT"):
+            rows.append(statement)
+            if len(rows) == 3:
+                rival.execute("BEGIN IMMEDIATE")
+
+    def work() -> None:
+        driver: Any = registry.connection().connection.dbapi_connection
+        driver.set_trace_callback(lock_at_the_last)
+        try:
+            registry.execute(insert(Item), [{"name": name} for name in "abc"])
+        finally:
+            driver.set_trace_callback(None)
+            if rival.in_transaction:
+                rival.rollback()
+
+    assert (calls_until_success(registry, work), names(engine)) == (1, ["a", "b"])
+    rival.close()
+    auto.dispose()
+
+
+@pytest.mark.parametrize("statement", ["SELECT 1 AS commit", "/* COMMIT */ SELECT 1", "SELECT(1)"])
+def test_a_read_that_looks_like_something_else_is_repeated(
+    statement: str, any_engine: Engine
+) -> None:
+    """Neither a name nor a comment makes a statement a COMMIT."""
+    registry: Registry = scoped_session(sessionmaker(any_engine))
+    if "AS commit" in statement and any_engine.dialect.name != "postgresql":
+        statement = statement.replace("commit", "`commit`")
+    assert calls_until_stale(registry, lambda _: registry.execute(sql(statement))) == 3
+
+
 # What something inside made durable, and then failed.
 
 
@@ -346,6 +456,29 @@ def test_an_error_page_after_a_stale_row_in_a_savepoint_is_repeated(registry: Re
 
     serve_once(SessionMiddleware(app, registry, attempts=3), environ("POST"))
     assert len(calls) == 3
+
+
+def test_an_error_that_a_savepoint_took_back_hides_no_other(
+    registry: Registry, outside: Engine
+) -> None:
+    """An expected error in a savepoint does not keep a later conflict from being repeated."""
+    calls: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        with suppress(IntegrityError), registry.begin_nested():
+            registry.execute(insert(Item), [{"id": 7}, {"id": 7}])
+        if len(calls) < 3:
+            with suppress(StaleDataError):
+                make_stale(registry)
+            start_response("500 Internal Server Error", [])
+            return [b"sorry"]
+        add(registry, "kept")
+        start_response("200 OK", [])
+        return [b"fine"]
+
+    serve_once(SessionMiddleware(app, registry, attempts=3), environ("POST"))
+    assert (len(calls), names(outside)) == (3, ["kept"])
 
 
 def test_an_error_that_is_handled_outside_is_none_of_the_request(registry: Registry) -> None:

@@ -223,16 +223,18 @@ def test_written_objects_thrown_away_by_a_safe_method_are_no_success(
         serve_once(SessionMiddleware(text(b"", before=both), registry))
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+@pytest.mark.parametrize("query", ["SELECT 1", "/* a */ -- b\n SELECT 1", "SELECT(1)"])
 def test_a_read_thrown_away_by_a_safe_method_is_warned_of_once(
-    registry: Registry, caplog: pytest.LogCaptureFixture
+    attempts: int, query: str, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A GET that only read before the session was closed succeeds, with one warning."""
 
     def both() -> None:
-        registry.execute(select(Item))
+        registry.execute(sql(query))
         registry().close()
 
-    application = SessionMiddleware(text(b"fine", before=both), registry)
+    application = SessionMiddleware(text(b"fine", before=both), registry, attempts=attempts)
     for _ in range(3):
         assert serve_once(application).status == "200 OK"
     assert caplog.text.count("closed the session while a transaction was open that had only") == 1
