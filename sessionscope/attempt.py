@@ -229,9 +229,8 @@ class Attempt:
             self.context.drop()
 
     def warn_if_long(self) -> None:
-        if self.warned or not self.returned:
-            return
-        if self.unit.transaction.seconds_open() > LONG_TRANSACTION:
+        seconds = self.unit.transaction.seconds_open() if self.returned else 0.0
+        if seconds > LONG_TRANSACTION and not self.warned:
             self.warned = True
             log.warning(LONG_STREAM, str(self.name), LONG_TRANSACTION)
 
