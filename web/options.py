@@ -1,4 +1,4 @@
-"""The command line: nearly every option can also be set by an environment variable."""
+"""The command line, whose options can also be set by environment variables."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from sessionscope import __version__
 
 from web.router import MAX_BODY
 
-LISTEN = "an address, a PORT alone for loopback, or unix:/PATH for a socket"
+LISTEN = "an address, a PORT on the loopback interface, or unix:/PATH for a socket"
 
 
 class StartError(Exception):
@@ -28,29 +28,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="serve.py",
         description="Serve items over HTTP.",
-        epilog="Options with a default can be set by environment variables: LOG_LEVEL stands for "
-        "--log-level.",
+        epilog="Each option except --purge-keys can also be set by an environment variable: "
+        "LOG_LEVEL stands for --log-level.",
     )
     parser.add_argument("--version", action="version", version=f"sessionscope {__version__}")
     database = parser.add_argument_group("database")
     add(database, "--database-url", "sqlite:///items.db", "a SQLAlchemy URL", metavar="URL")
     add(database, "--reader-url", "", "the database to read from, such as a replica", metavar="URL")
-    add_flag(database, "--create-tables", "yes", "create missing tables")
+    add_flag(database, "--create-tables", "yes", "create missing tables at start")
     add(database, "--wait", "0", "seconds to wait for the database", type=_number, metavar="N")
     purge = "delete idempotency keys older than DAYS, and exit"
     database.add_argument("--purge-keys", type=_number, metavar="DAYS", help=purge)
     server = parser.add_argument_group("server")
     add(server, "--listen", "127.0.0.1:8080", LISTEN, type=_address, metavar="HOST:PORT")
     for flag, default, text in [
-        ("--threads", "8", "requests that run at once; each can use a database connection"),
+        ("--threads", "8", "requests processed at the same time, and size of the connection pool"),
         ("--connections", "100", "maximum number of open client connections"),
         ("--max-body", str(MAX_BODY), "maximum size of a request body, in bytes"),
         ("--idle-timeout", "60", "seconds after which an idle client is disconnected"),
-        ("--stop-timeout", "30", "seconds to finish running requests on shutdown"),
+        ("--stop-timeout", "30", "seconds that running requests have to finish at shutdown"),
     ]:
         add(server, flag, default, text, type=_positive, metavar="N")
-    add(server, "--trusted-proxy", "", "IP whose X-Forwarded headers are trusted", metavar="IP")
-    add(server, "--cors-origins", "", "other sites whose pages may call, as URLs", metavar="URLS")
+    proxy = "address of the proxy whose X-Forwarded-* headers are trusted"
+    add(server, "--trusted-proxy", "", proxy, metavar="IP")
+    origins = "other origins whose pages may use the API, separated by spaces"
+    add(server, "--cors-origins", "", origins, metavar="URLS")
     log = parser.add_argument_group("log and metrics")
     levels = ["debug", "info", "warning", "error"]
     add(log, "--log-level", "info", "debug shows each commit and rollback", choices=levels)
@@ -68,7 +70,8 @@ def add(group: Any, flag: str, default: str, text: str, **more: Any) -> None:
 
 def add_flag(group: Any, flag: str, default: str, text: str) -> None:
     value = SWITCH[environment(flag, default, SWITCH)]
-    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=text)
+    shown = f"{text} (default: {default})"
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=shown)
 
 
 def environment(flag: str, default: str, choices: Collection[str]) -> str:
