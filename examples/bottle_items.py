@@ -1,9 +1,9 @@
-"""Items on Bottle, with not one word of session handling in a view.
+"""Items on Bottle: no view handles the session.
 
     python examples/bottle_items.py
 
-PORT and DATABASE_URL may name another port than 8080 and another database than items.db.
-Needed: ``pip install sessionscope bottle waitress``
+Set PORT for another port than 8080, and DATABASE_URL for another database than items.db.
+Needed, in a clone: ``pip install . bottle waitress``
 """
 
 import logging
@@ -33,7 +33,7 @@ class Item(Base):
 def create() -> dict[str, object]:
     item = Item()
     Session.add(item)
-    Session.flush()  # the database gives the id
+    Session.flush()  # the database assigns the id
     item.name = f"Item #{item.id}"
     return item.record()
 
@@ -55,5 +55,5 @@ Base.metadata.create_all(engine)
 application = SessionMiddleware(app, Session)
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG)  # tells each commit and rollback
+    logging.basicConfig(level=logging.DEBUG)  # shows each commit and rollback
     serve(application, listen=f"127.0.0.1:{os.environ.get('PORT', '8080')}")

@@ -1,8 +1,8 @@
-"""Items on Django, with not one word of session handling in a view.
+"""Items on Django: no view handles the session.
 
     python examples/django_items.py
 
-Needed: ``pip install sessionscope Django waitress``; PORT and DATABASE_URL as in the others.
+Needed, in a clone: ``pip install . Django waitress``; PORT and DATABASE_URL as in the others.
 """
 
 import logging
@@ -36,7 +36,7 @@ def items(request: HttpRequest) -> JsonResponse:
     if request.method == "POST":
         item = Item()
         Session.add(item)
-        Session.flush()  # the database gives the id
+        Session.flush()  # the database assigns the id
         item.name = f"Item #{item.id}"
         return JsonResponse(item.record())
     found = Session.scalars(select(Item).order_by(Item.id))
@@ -50,11 +50,11 @@ def show(request: HttpRequest, id: int) -> JsonResponse:
 
 
 urlpatterns = [path("", items), path("<int:id>", show)]
-LENGTHS = "django.middleware.common.CommonMiddleware"  # lets a failed COMMIT be a clean 500
+LENGTHS = "django.middleware.common.CommonMiddleware"  # so that a failed COMMIT is a clean 500
 settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["127.0.0.1"], MIDDLEWARE=[LENGTHS])
 Base.metadata.create_all(engine)
 application = SessionMiddleware(get_wsgi_application(), Session)
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG)  # tells each commit and rollback
+    logging.basicConfig(level=logging.DEBUG)  # shows each commit and rollback
     serve(application, listen=f"127.0.0.1:{os.environ.get('PORT', '8080')}")

@@ -1,9 +1,9 @@
-"""Items on Falcon, with not one word of session handling in a view.
+"""Items on Falcon: no view handles the session.
 
     python examples/falcon_items.py
 
-PORT and DATABASE_URL may name another port than 8080 and another database than items.db.
-Needed: ``pip install sessionscope falcon waitress``
+Set PORT for another port than 8080, and DATABASE_URL for another database than items.db.
+Needed, in a clone: ``pip install . falcon waitress``
 """
 
 import logging
@@ -34,7 +34,7 @@ class Items:
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         item = Item()
         Session.add(item)
-        Session.flush()  # the database gives the id
+        Session.flush()  # the database assigns the id
         item.name = f"Item #{item.id}"
         response.media = item.record()
 
@@ -55,5 +55,5 @@ Base.metadata.create_all(engine)
 application = SessionMiddleware(app, Session)
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG)  # tells each commit and rollback
+    logging.basicConfig(level=logging.DEBUG)  # shows each commit and rollback
     serve(application, listen=f"127.0.0.1:{os.environ.get('PORT', '8080')}")

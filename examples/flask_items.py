@@ -1,12 +1,12 @@
-"""Items on Flask, with not one word of session handling in a view.
+"""Items on Flask: no view handles the session.
 
     python examples/flask_items.py
     gunicorn examples.flask_items:application
     granian --interface wsgi examples.flask_items:application
 
 The first serves http://127.0.0.1:8080; set PORT for another port, and DATABASE_URL for another
-database than the SQLite file items.db.  It needs ``pip install sessionscope Flask waitress``.
-`swapped.py` replaces each half of it, and leaves the other half as it is.
+database than the SQLite file items.db.  Needed, in a clone: ``pip install . Flask waitress``
+`swapped.py` replaces the models or the views, and keeps the other half.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Items:
     def create(self) -> Record:
         item = Item()
         self.session.add(item)
-        self.session.flush()  # the database gives the id
+        self.session.flush()  # the database assigns the id
         item.name = f"Item #{item.id}"
         return item.record()
 
@@ -90,5 +90,5 @@ Session = orm.scoped_session(orm.sessionmaker(engine))
 application = SessionMiddleware(make_app(Items(Session)), Session)
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG)  # tells each commit and rollback
+    logging.basicConfig(level=logging.DEBUG)  # shows each commit and rollback
     serve(application, listen=f"127.0.0.1:{os.environ.get('PORT', '8080')}")

@@ -1,8 +1,8 @@
-"""Items on Flask-SQLAlchemy: one line in the factory, and no session handling in a view.
+"""Items on Flask-SQLAlchemy: one line in the factory, and no view handles the session.
 
     python examples/flask_sqlalchemy_items.py
 
-PORT and DATABASE_URL are read.  Needed: ``pip install sessionscope Flask-SQLAlchemy waitress``
+PORT and DATABASE_URL as in the others.  Needed: ``pip install . Flask-SQLAlchemy waitress``
 """
 
 import logging
@@ -39,7 +39,7 @@ def create_app() -> Flask:
     def create() -> ResponseReturnValue:
         item = Item()
         db.session.add(item)
-        db.session.flush()  # the database gives the id
+        db.session.flush()  # the database assigns the id
         item.name = f"Item #{item.id}"
         return item.record()
 
@@ -56,5 +56,5 @@ def create_app() -> Flask:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG)  # tells each commit and rollback
+    logging.basicConfig(level=logging.DEBUG)  # shows each commit and rollback
     serve(create_app(), listen=f"127.0.0.1:{os.environ.get('PORT', '8080')}")

@@ -6,8 +6,8 @@
 #       Require all granted
 #     </Directory>
 #
-# Apache neither runs in this folder nor imports from it.  Its user must be allowed to write here,
-# or DATABASE_URL name another database.
+# Apache neither runs in this folder nor imports from it.  Its user must be able to write here,
+# unless DATABASE_URL names another database.
 
 import os
 import sys

@@ -1,13 +1,13 @@
-"""Orders on Flask that are paid once, however often a client has to ask.
+"""Orders on Flask that are paid once, however often the client repeats the request.
 
     python examples/orders_once.py
 
-It serves http://127.0.0.1:8080.  Send this twice, as a client does whose answer got lost:
+It serves http://127.0.0.1:8080.  Send this twice, like a client that lost the first response:
 
     curl -i -u ada: -H 'Idempotency-Key: "8e03978e"' -d item=lamp -d cents=4900 127.0.0.1:8080
 
-The second answer is the first one, and says ``Idempotent-Replayed: true``: there is one order,
-in orders.db.  It needs ``pip install sessionscope Flask waitress``.
+The second response is the first one again, with ``Idempotent-Replayed: true``, and orders.db has
+one order.  Needed, in a clone: ``pip install . Flask waitress``
 """
 
 import logging
@@ -42,12 +42,12 @@ app = Flask(__name__)
 def create() -> tuple[dict[str, Any], int]:
     order = Order(item=request.form["item"], cents=int(request.form["cents"]))
     Session.add(order)
-    Session.flush()  # the database gives the id
+    Session.flush()  # the database assigns the id
     return {"id": order.id, "item": order.item, "paid": order.cents}, 201
 
 
 def caller(environ: dict[str, Any]) -> str:
-    """Say whose key it is: nobody gets the answer of another."""
+    """Return whose key it is, so that nobody gets the response of another."""
     return str(environ.get("HTTP_AUTHORIZATION", ""))
 
 
@@ -55,5 +55,5 @@ application = SessionMiddleware(Idempotency(app, keys, scope=caller), Session, a
 
 if __name__ == "__main__":
     Base.metadata.create_all(engine)  # what a project leaves to its migrations
-    logging.basicConfig(level=logging.DEBUG)  # tells each commit and replay
+    logging.basicConfig(level=logging.DEBUG)  # shows each commit and replay
     serve(application, listen=f"127.0.0.1:{os.environ.get('PORT', '8080')}")

@@ -1,10 +1,10 @@
-"""Items on Pyramid, with not one word of session handling in a view.
+"""Items on Pyramid: no view handles the session.
 
     PYTHONPATH=examples pserve examples/development.ini http_port=8080
 
-The session middleware is a filter in `development.ini`, which names the database, too.  In
-Python it would be ``SessionMiddleware(main({}, **settings), Session)``.
-Needed: ``pip install sessionscope pyramid waitress``
+`development.ini` names the database, and the session middleware as a filter.  In Python it would
+be ``SessionMiddleware(main({}, **settings), Session)``.
+Needed, in a clone: ``pip install . pyramid waitress``
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ class Item(Base):
 def create(request: Any) -> Item:
     item = Item()
     request.dbsession.add(item)
-    request.dbsession.flush()  # the database gives the id
+    request.dbsession.flush()  # the database assigns the id
     item.name = f"Item #{item.id}"
     return item
 

@@ -1,10 +1,10 @@
-"""The two halves of `flask_items.py`, each replaced while the other stays as it is.
+"""`flask_items.py` with other models or other views.
 
     python examples/swapped.py models
     python examples/swapped.py views
 
-``models`` puts SQL without the ORM beneath Flask's views, ``views`` puts Bottle above the ORM.
-It needs ``pip install sessionscope Flask bottle waitress``; PORT and DATABASE_URL as there.
+``models`` uses SQL without the ORM below Flask's views, ``views`` uses Bottle above the ORM.
+PORT and DATABASE_URL are as there.  Needed, in a clone: ``pip install . Flask bottle waitress``
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def not_found() -> bottle.HTTPResponse:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG)  # tells each commit and rollback
+    logging.basicConfig(level=logging.DEBUG)  # shows each commit and rollback
     apps = {"models": make_app(CoreItems(Session)), "views": make_bottle(Items(Session))}
     application = SessionMiddleware(apps[sys.argv[1]], Session)
     serve(application, listen=f"127.0.0.1:{os.environ.get('PORT', '8080')}")

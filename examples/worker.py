@@ -1,10 +1,9 @@
-"""A worker: each order is one unit of work, and only what is durable is announced.
+"""A worker: each order is one unit of work, and is announced after its commit.
 
     python examples/worker.py lamp table,,chair shelf,books
 
-An order in which an item has no name is refused as a whole; the others stand.
-They are kept in items.db, or where DATABASE_URL says.
-Needed: ``pip install sessionscope``
+If an item of an order has no name, nothing of that order is stored; the others are not affected.
+Set DATABASE_URL for another database than items.db.  Needed, in a clone: ``pip install .``
 """
 
 import logging
@@ -29,7 +28,7 @@ class Item(Base):
 
 
 def store(names: list[str]) -> None:
-    """Store items; a model that serves web requests and workers alike.
+    """Store items; web requests and workers can both call this.
 
     :raises ValueError: for an item without a name.
     """
@@ -38,12 +37,12 @@ def store(names: list[str]) -> None:
             raise ValueError("an item has no name")
         item = Item(name=name)
         Session.add(item)
-        Session.flush()  # the database gives the id
+        Session.flush()  # the database assigns the id
         on_commit(Session, partial(announce, item.id, name))
 
 
 def announce(id: int, name: str) -> None:
-    """Where mail is sent or a queue is fed: it runs once, after the COMMIT."""
+    """Send mail, or fill a queue: this runs once, after the COMMIT."""
     print(f"item {id} is {name}")
 
 
