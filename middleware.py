@@ -104,9 +104,10 @@ class SessionMiddleware:
         their sessions, so ``binds=`` and the ``get_bind()`` of a subclass take precedence; a
         registry bound to a Connection ignores it.
     :param confirm: query PostgreSQL 13 or newer for the outcome of a COMMIT whose reply was
-        lost.  It costs one statement before each COMMIT.  A transaction that turns out to be
-        committed is a success, an aborted one an ordinary failure; if neither is certain,
-        `CommitOutcomeUnknown` is raised.  Other databases have no such query.
+        lost.  It costs one statement before each COMMIT, but none for a safe method that has
+        flushed nothing.  A transaction that turns out to be committed is a success, an aborted
+        one an ordinary failure; if neither is certain, `CommitOutcomeUnknown` is raised.  Other
+        databases have no such query.
     :param observer: called once per request with its `Outcome`, after the session has been
         closed.  If it raises, the exception is logged.
     :raises TypeError: if an argument has the wrong type.

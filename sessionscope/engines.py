@@ -63,6 +63,10 @@ _MARIADB_SETTINGS = {
 def make_engine(url: str | URL, *, pool_size: int = 8) -> Engine:
     """Create an engine that may write.
 
+    On SQLite it sets ``journal_mode=WAL``, ``synchronous=FULL`` and ``foreign_keys=ON``, and begins
+    with BEGIN IMMEDIATE.  On MariaDB it sets ``innodb_snapshot_isolation``, ``wsrep_sync_wait`` and
+    ``innodb_lock_wait_timeout``, if the server has them.
+
     :param url: a SQLAlchemy URL.  If it names no driver, ``postgresql:`` means psycopg 3, and
         ``mysql:`` and ``mariadb:`` mean PyMySQL.  Several servers are given as
         ``?host=a:1&host=b:2``; they are tried in that order.
