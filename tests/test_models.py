@@ -538,7 +538,7 @@ def test_a_table_that_is_missing_is_named(any_url: str) -> None:
         ("ALTER TABLE items DROP COLUMN name", "the column items.name is missing"),
         (
             "ALTER TABLE items ADD COLUMN price INTEGER NOT NULL",
-            "the column items.price must be filled in, and the service does not know it",
+            "the column items.price is required, but the service does not know it",
         ),
         ("ALTER TABLE items ADD COLUMN price INTEGER NOT NULL DEFAULT 0", ""),
         ("ALTER TABLE items ADD COLUMN price INTEGER", ""),

@@ -123,7 +123,7 @@ def check_tables(engine: Engine) -> None:
         columns = {column["name"]: column for column in found.get_columns(table.name)}
         wrong = [difference(column, columns, engine.dialect) for column in table.columns]
         wrong += [
-            f"{name} must be filled in, and the service does not know it"
+            f"{name} is required, but the service does not know it"
             for name in columns.keys() - table.columns.keys()
             if not columns[name]["nullable"] and columns[name]["default"] is None
         ]

@@ -163,7 +163,7 @@ class Server:
             signal.signal(number, self.stop)
         while not self.stopping:
             wasyncore.loop(map=self.sockets, count=1)
-        log.info("stopping: no new requests, %g s for running ones", patience)
+        log.info("stopping: waiting up to %g s for running requests", patience)
         deadline = monotonic() + patience
         for listener in self.listeners:
             wasyncore.dispatcher.close(listener)  # its own close() would cut off the worker threads
