@@ -153,7 +153,7 @@ class Idempotency:
         if field is None:
             raise Problem(400, "Idempotency-Key is missing")
         key, scope = parse_key(field), self.scope(environ)
-        require(isinstance(scope, str), "what scope returns", scope, "a str")
+        require(isinstance(scope, str), "the result of scope", scope, "a str")
         body = read_body(environ, self.limit)
         environ["wsgi.input"] = BytesIO(body)
         request = request_digest(environ, body)

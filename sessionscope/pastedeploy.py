@@ -71,7 +71,7 @@ def filter_app_factory(
         except Exception as error:  # whatever the module raised in which a name is
             raise ValueError(f"the setting {setting!r} cannot be used: {error}") from error
     if "registry" not in arguments:
-        raise ValueError("a registry or url is missing")
+        raise ValueError("registry or url is required")
     return SessionMiddleware(app, **arguments)
 
 

@@ -349,6 +349,6 @@ def test_a_scope_that_raises(service: Service, engine: Engine) -> None:
 def test_a_scope_that_is_no_str(service: Service, engine: Engine) -> None:
     """It is a TypeError, before anything is sent."""
     words, broken = sent(engine), Service(engine, scope=lambda environ: None)
-    with pytest.raises(TypeError, match="what scope returns must be a str, not None"):
+    with pytest.raises(TypeError, match="the result of scope must be a str, not None"):
         broken.post()
     assert words == []

@@ -131,7 +131,7 @@ def test_confirm_is_true_or_false(load: Load, word: str, meant: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        pytest.param([], "a registry or url is missing", id="nothing"),
+        pytest.param([], "registry or url is required", id="nothing"),
         pytest.param([NAMED, "url = sqlite://"], "registry and url exclude each other", id="both"),
         pytest.param(
             [NAMED, f"reader = {__name__}:reader", "reader_url = sqlite://"],
