@@ -1,6 +1,6 @@
 # make serve     the item service, http://127.0.0.1:8080; options are in ARGS='--listen 9000'
 # make test      the tests, in minutes; databases that are not installed are skipped
-# make test-all  the long ones, too, with coverage: storms, killed servers, browsers
+# make test-all  the long ones, too, storms, killed servers, browsers; the others with coverage
 # make test-matrix  the library on the other Pythons here, and on the oldest SQLAlchemy
 # make check     ruff, mypy and a wheel that is built, installed and used
 # make suites    other projects' test suites, with every application wrapped

@@ -6,6 +6,7 @@ servers; these tests make it happen again.
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -600,6 +601,32 @@ def test_sqlite_a_connection_that_was_replaced_is_not_asked(end: str, engine: En
 def test_a_status_that_rolls_back_is_answered_as_it_is(any_registry: Registry) -> None:
     """A doomed transaction does not matter to a response that rolls back anyway."""
     post(lambda: fail(any_registry), any_registry, "409 Conflict")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (sqlite3.OperationalError("no code"), CommitOutcomeUnknown),
+        (sqlite3.IntegrityError("no code"), IntegrityError),
+    ],
+)
+def test_an_error_of_commit_without_a_code_leaves_it_unknown(
+    error: Exception,
+    raised: type[Exception],
+    engine: Engine,
+    registry: Registry,
+    outside: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a driver says no more of a COMMIT, only a broken rule is known to be a refusal."""
+
+    def refuse(_driver: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine.dialect, "do_commit", refuse)
+    with pytest.raises(raised):
+        post(lambda: add(registry, "perhaps"), registry)
+    assert names(outside) == []
 
 
 def test_a_scope_is_doomed_like_a_request(postgresql: Engine, pg_registry: Registry) -> None:

@@ -425,6 +425,15 @@ def test_a_long_body_is_not_read(service: Service) -> None:
     assert stream.tell() == 0
 
 
+def test_http_1_0_has_no_transfer_coding(service: Service) -> None:
+    """What claims to be chunked in HTTP/1.0 is a 400: no server knows where such a body ends."""
+    chunked = {"SERVER_PROTOCOL": "HTTP/1.0", "HTTP_TRANSFER_ENCODING": "chunked"}
+    reply = service.send("POST", "/", b"{}", **chunked)
+    assert reply.status == "400 Bad Request"
+    assert json.loads(reply.content) == {"error": "HTTP/1.0 has no Transfer-Encoding"}
+    assert service.rows() == []
+
+
 def test_an_incomplete_body_is_refused(service: Service) -> None:
     """A body that ends before its Content-Length is a 400, even if it is JSON so far."""
     reply = service.send_raw("POST", "/", b'{"name": "chair"}', CONTENT_LENGTH="18")

@@ -59,8 +59,6 @@ from support import (
 
 from models import Base, Item
 
-pytestmark = pytest.mark.long
-
 Registry = scoped_session[Session]
 
 ENDS = [("200 OK", ["kept"]), ("404 Not Found", [])]
@@ -100,6 +98,24 @@ def test_a_hook_of_the_session_is_called_once(status: str, hook: str, registry: 
 
     serve(registry, status, work)
     assert sorted(calls) == [1, 2]
+
+
+def test_a_session_that_was_kept_is_committed_by_hand(registry: Registry, outside: Engine) -> None:
+    """A session with a hook that outlives its request is its keeper's, hook and all."""
+    kept: list[Session] = []
+    calls: list[str] = []
+
+    def work() -> None:
+        kept.append(registry())
+        event.listen(kept[0], "before_commit", lambda _: calls.append("before"))
+        kept[0].add(Item(name="in the request"))
+
+    serve(registry, "200 OK", work)
+    with kept[0] as session:
+        session.add(Item(name="by hand"))
+        session.commit()
+    assert names(outside) == ["in the request", "by hand"]
+    assert calls == ["before", "before"]
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -1018,6 +1034,7 @@ def sqlite(
         yield databases
 
 
+@pytest.mark.long
 @random(300)
 @given(scene=scenes(["engine"]), requests=some_requests())
 def test_a_session_of_an_engine_ends_as_by_hand(
@@ -1030,6 +1047,7 @@ def test_a_session_of_an_engine_ends_as_by_hand(
 MODES = ["conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 @random(150)
 @given(data=st.data(), requests=some_requests())
@@ -1047,6 +1065,7 @@ def postgresql(postgresql_url: str) -> Iterator[Databases]:
         yield databases
 
 
+@pytest.mark.long
 @random(60)
 @given(scene=scenes(["engine"], twophase=True), requests=some_requests())
 def test_a_session_in_two_phases_ends_as_by_hand(
