@@ -10,6 +10,9 @@
 # make field     servers, engines and applications in combination, for a quarter of an hour
 # make fuzz      schemathesis against the service on PostgreSQL, for minutes
 
+# Hundreds of Pythons are started, and each imports the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := pytest -q --numprocesses 4 --dist loadgroup --ignore tests/packaging
