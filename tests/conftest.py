@@ -28,11 +28,24 @@ SERVERS = {
     "postgresql_cluster": "postgresql-cluster",
     "postgresql_node": "nodes",
     "mariadb_node": "nodes",
+    "gunicorn": "gunicorn",
+    "sent": "sent",
+    "sockets": "sockets",
 }
-"""Servers that tests pause and kill: those of one are run by one worker, in turn."""
+"""Servers that tests pause and kill, or that start for long: one worker runs those of one."""
 
 
-MODULES = ["test_attack.py", "test_docs.py", "test_page.py"]
+MODULES = [
+    "test_attack.py",
+    "test_docs.py",
+    "test_examples.py",
+    "test_idempotency_kills.py",
+    "test_idempotency_servers.py",
+    "test_page.py",
+    "test_pgbouncer.py",
+    "test_servers.py",
+    "test_waitress_server.py",
+]
 """Modules that prepare once, for long, what all of their tests look at: one worker runs each."""
 
 
