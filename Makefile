@@ -13,6 +13,12 @@
 # Hundreds of Pythons are started, and each imports the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
+# SQLite waits for the disk at each COMMIT.  Tests kill processes, not machines, so memory will do.
+ROOMY := $(shell df -Pm /dev/shm 2>/dev/null | awk 'END { if ($$4 > 1000) print "/dev/shm" }')
+ifneq ($(ROOMY),)
+export PYTEST_DEBUG_TEMPROOT ?= $(ROOMY)
+endif
+
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := pytest -q --numprocesses 4 --dist loadgroup --ignore tests/packaging
