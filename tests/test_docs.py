@@ -219,10 +219,15 @@ def test_ini_files_are_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> 
 def test_commands_have_their_options() -> None:
     """Each option of ``serve.py`` that a page gives is one."""
     known = make_parser().format_help()
-    for page in PAGES:
-        for block in re.findall("```console\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.S):
-            for option in re.findall(r"--[a-z][a-z-]+", block) if "serve.py" in block else []:
-                assert option in known, f"{page}: {option}"
+    given = {
+        f"{page}: {option}": option in known
+        for page in PAGES
+        for block in re.findall("```console\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.S)
+        if "serve.py" in block
+        for option in re.findall(r"--[a-z][a-z-]+", block)
+    }
+    assert given
+    assert [option for option, is_known in given.items() if not is_known] == []
 
 
 # Pages of which more can be said.

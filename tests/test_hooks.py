@@ -553,7 +553,7 @@ def test_a_refused_commit_on_postgresql_leaves_a_sound_connection(
 
 
 def test_a_refused_commit_on_mariadb_leaves_a_sound_connection(mariadb: Engine) -> None:
-    """So it is on MariaDB."""
+    """After a hook refused a COMMIT on MariaDB, the next request on its connection is sound."""
     engine = make_engine(mariadb.url, pool_size=1)
     refuse_then_go_on(engine)
     assert names(engine) == ["next"]

@@ -198,8 +198,7 @@ def test_an_interrupt_leaves_nothing_behind(
 def interrupt_everywhere(play: Play, registry: Registry, engine: Engine, outside: Engine) -> None:
     """Play until a request comes through.
 
-    In a thread of its own: a tracer that raises leaves an exception in ``sys.exc_info()``, and
-    coverage has a tracer, too.
+    In a thread of its own: a tracer that raises leaves an exception in ``sys.exc_info()``.
     """
     play(registry)
     at, rows = 0, len(names(outside))

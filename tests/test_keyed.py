@@ -343,7 +343,7 @@ def test_any_response_survives_the_row(
 
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified", "200 OK"])
 def test_a_response_without_a_body(status: str, service: Service) -> None:
-    """It is replayed without one."""
+    """A response that had no body is replayed without one."""
     service.inner = answer(status, [], [])
     first = service.post()
     repeat = service.post()

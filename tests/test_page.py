@@ -923,6 +923,7 @@ def test_the_footer_says_what_this_is(visit: Visit) -> None:
     with visit() as visitor:
         footer = visitor.page.locator("footer")
         expect(footer).to_contain_text(f"sessionscope {__version__}")
+        expect(footer.get_by_role("link")).to_have_count(2)
         for link in footer.get_by_role("link").all():
             address = link.evaluate("(link) => link.href")
             assert visitor.page.request.get(address).ok

@@ -118,17 +118,22 @@ def test_its_curls_print_what_it_shows(sqlite_url: str) -> None:
 
 def test_its_make_targets_exist() -> None:
     """Each `make` that the README names is a target that make knows how to reach."""
-    for target in set(re.findall(r"(?:\$ |`)make ([a-z-]+)", README)):
+    targets = set(re.findall(r"(?:\$ |`)make ([a-z-]+)", README))
+    assert targets
+    for target in targets:
         subprocess.run(["make", "-n", target], cwd=PATH.parent, check=True, stdout=subprocess.PIPE)
 
 
 def test_its_options_exist() -> None:
     """Each option of the command line that the README names is one."""
     named = set(re.findall(r"--[a-z][a-z-]+", README)) - {"--strict", "--help"}
+    assert named
     assert named <= set(re.findall(r"--[a-z][a-z-]+", make_parser().format_help()))
 
 
 def test_its_links_lead_somewhere() -> None:
     """Each file that the README links to is there."""
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    for link in links:
         assert (PATH.parent / link).is_file(), link

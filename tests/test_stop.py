@@ -92,7 +92,7 @@ def test_the_wait_is_bounded(postgresql_url: str, rival: Connection) -> None:
 
 
 def test_the_second_signal_is_final(postgresql_url: str, rival: Connection) -> None:
-    """Who asks twice does not wait."""
+    """A second signal ends the service at once, although a request still runs."""
     command = ("--database-url", postgresql_url, "--stop-timeout", "3600")
     with serve(*command) as server, Client(server) as client:
         client.connection.request("POST", "/")
