@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select
@@ -160,6 +161,12 @@ def is_of_commit(context: ExceptionContext) -> bool:
     return is_of_transaction(context) and not isinstance(context.original_exception, StatementError)
 
 
+def is_in_commit(error: BaseException) -> bool:
+    """Return whether the COMMIT of SQLAlchemy's dialect raised *error*, and not its ROLLBACK."""
+    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
+    return "do_commit" in names or "do_commit_twophase" in names
+
+
 def driver_connection(connection: Connection) -> Any:
     """Return the driver's own connection."""
     return connection.connection.dbapi_connection
@@ -257,12 +264,20 @@ _READS = frozenset({"SELECT", "VALUES", "WITH", "EXPLAIN", "SHOW", "PRAGMA", "DE
 _STAYS_OPEN = _READS | {
     "INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "SAVEPOINT", "RELEASE", "ROLLBACK", "SIGNAL",
 }  # fmt: skip
-_COMMITS_LATER = re.compile(r";\s*(COMMIT|END)\b", re.IGNORECASE)
+_MARIADB_STAYS_OPEN = _STAYS_OPEN | {"DESC", "DO", "USE"}
+_BLANK = r"\s|/\*.*?\*/|(?:--|\#)[^\n]*\n"  # and comments
+_FIRST_WORD = re.compile(rf"(?:\(|{_BLANK})*(\w*)", re.DOTALL)
+_COMMITS_LATER = re.compile(rf";(?:{_BLANK})*COMMIT\b", re.DOTALL | re.IGNORECASE)
 
 
 def is_read(statement: str) -> bool:
     """Return whether the first word of *statement* is that of one that only reads."""
     return _first_word(statement) in _READS
+
+
+def is_rollback(statement: str) -> bool:
+    """Return whether *statement* is a ROLLBACK, also to a savepoint."""
+    return _first_word(statement) == "ROLLBACK"
 
 
 def may_have_committed(connection: Connection, statement: str, had_work: bool) -> bool:
@@ -300,7 +315,8 @@ def may_be_durable(context: ExceptionContext, autocommit: bool) -> bool:
         return context.is_disconnect or several or _first_word(statement) not in _STAYS_OPEN
     if context.dialect.name in ("mysql", "mariadb"):
         return _commits_on_mariadb(statement)
-    return context.is_disconnect and _commits(statement)
+    several = ";" in statement.rstrip("; \t\r\n")
+    return (context.is_disconnect or several) and _commits(statement)
 
 
 def _commits(statement: str) -> bool:
@@ -312,10 +328,7 @@ def _commits(statement: str) -> bool:
 def _commits_on_mariadb(statement: str) -> bool:
     """Return whether *statement* may commit on MariaDB, as DDL and procedures do."""
     first = _first_word(statement)
-    return "autocommit" in statement.lower() if first == "SET" else first not in _STAYS_OPEN
-
-
-_FIRST_WORD = re.compile(r"(?:[\s(]|/\*.*?\*/|--[^\n]*\n)*(\w*)", re.DOTALL)  # after comments
+    return "autocommit" in statement.lower() if first == "SET" else first not in _MARIADB_STAYS_OPEN
 
 
 def _first_word(statement: str) -> str:

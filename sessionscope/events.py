@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sessionscope.databases import is_of_commit, leaves_commit_unknown
+from sessionscope.databases import is_in_commit, leaves_commit_unknown
 from sessionscope.participants import participants_of, watch
 from sessionscope.stage import entries
 from sessionscope.trackers import tracker_of
@@ -44,7 +44,7 @@ def _handle_error_of_others(context: ExceptionContext, connection: Connection) -
     if connection.get_transaction() is None:
         for entry in entries():
             entry.on_begin_refused(error)
-    elif is_of_commit(context) and leaves_commit_unknown(error):
+    elif is_in_commit(context.original_exception) and leaves_commit_unknown(error):
         for entry in entries():
             entry.on_commit_of(None)
 
@@ -58,7 +58,7 @@ def _after_transaction_create(session: Session, transaction: SessionTransaction)
             if len(session.dispatch.before_commit) > 1:
                 _come_last(session)
         elif transaction.nested:
-            tracker.on_savepoint()
+            tracker.on_savepoint(transaction)
 
 
 @event.listens_for(Session, "after_begin", insert=True)
@@ -161,8 +161,12 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 def _after_soft_rollback(session: Session, previous_transaction: SessionTransaction) -> None:
     # Comes after the end of the transaction; close() has no such event.
     tracker = tracker_of(session)
-    if tracker is not None and previous_transaction.parent is None:
+    if tracker is None:
+        return
+    if previous_transaction.parent is None:
         tracker.on_rollback()
+    elif previous_transaction.nested:
+        tracker.transaction.on_savepoint_undone(previous_transaction)
 
 
 @event.listens_for(Session, "after_flush", insert=True)

@@ -94,6 +94,9 @@ class Participant:
             driver = self.pooled.dbapi_connection
             self.begun, self.changes = driver.in_transaction, driver.total_changes
             self.in_autocommit = not self.begun and driver.isolation_level is None
+            if not self.begun:
+                for one in participants_of(connection.info):
+                    one.aborted = one.aborted or one.begun  # lost by a rollback on this driver
         # Weak, since the pool keeps it: a stream that is dropped without close() must be freed.
         # Another thread may have the connection already when this one leaves: so a set, whose
         # methods are atomic, as those of WeakSet are not.
@@ -208,7 +211,7 @@ class Participant:
 
     def on_statement(self, statement: str) -> None:
         had_work = self.begun or self.has_written()
-        self.owner.wrote |= not databases.is_read(statement)
+        self.owner.on_statement(statement)
         autocommit = self.is_autocommit()
         if autocommit or databases.may_have_committed(self.connection, statement, had_work):
             self.owner.on_durable()
@@ -234,6 +237,7 @@ class Participant:
             had_work = self.begun or self.has_written()
             self.aborted = databases.aborts_transaction(connection, error, had_work)
             if self.aborted:
+                owner.note_error(error, final=True)
                 databases.begin_sqlite_again(connection)
         if owner.state is State.COMMITTING:
             if databases.is_of_commit(context):

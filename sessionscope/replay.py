@@ -95,15 +95,15 @@ class Recorder:
         return self._take(self.record.readline, self.source.readline, size, until=b"\n")
 
     def read1(self, size: int | None = -1) -> bytes:
+        if self.left:  # more would wait for the client
+            size = self.left if size is None or size < 0 else min(size, self.left)
         return self._take(self.record.read, getattr(self.source, "read1", self.source.read), size)
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        data = self.read1(len(view))
-        view[: len(data)] = data
-        return len(data)
+        return _fill(buffer, self.read)
 
-    readinto1 = readinto
+    def readinto1(self, buffer: Any) -> int:
+        return _fill(buffer, self.read1)
 
     def readlines(self, hint: int | None = -1) -> list[bytes]:
         lines, size = [], 0
@@ -146,3 +146,11 @@ class Recorder:
         recorded, self.record = self.record.getvalue(), TemporaryFile()  # noqa: SIM115
         weakref.finalize(self, self.record.close)
         self.record.write(recorded)
+
+
+def _fill(buffer: Any, read: Callable[[int], bytes]) -> int:
+    """Read into *buffer* and return the number of bytes."""
+    view = memoryview(buffer).cast("B")
+    data = read(len(view))
+    view[: len(data)] = data
+    return len(data)

@@ -219,12 +219,14 @@ class StreamedBody:
                 withheld = _keep(chunk)
             else:
                 excess += size
-        if self.head is not None:
-            self._compare(self.head, excess)
+        self._compare(excess)
         return withheld
 
-    def _compare(self, head: Head, excess: int) -> None:
+    def _compare(self, excess: int) -> None:
         """Log the difference between the body, which has ended, and its Content-Length."""
+        head = self.source.head
+        if head is None:
+            return
         # A server must not send the body of a HEAD response (RFC 9110, 9.3.2), and many
         # applications leave it to the server to drop it.
         if excess and head.method != "HEAD":

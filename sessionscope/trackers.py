@@ -77,8 +77,8 @@ class SessionTracker:
         if self.session.in_nested_transaction():
             self.transaction.begin_sqlite()
 
-    def on_savepoint(self) -> None:
-        self.transaction.begin_sqlite()
+    def on_savepoint(self, savepoint: SessionTransaction) -> None:
+        self.transaction.on_savepoint(savepoint)
 
     def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
         """Handle a RELEASE: the work of *savepoint* belongs to the transaction around it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from sessionscope import databases
 from sessionscope.errors import swallowed
@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 if TYPE_CHECKING:
     from sessionscope.confirm import Evidence
     from sqlalchemy import Connection, Engine
+    from sqlalchemy.orm import SessionTransaction
 
 
 def _nobody_asks() -> None:
@@ -37,7 +38,11 @@ class Transaction:
 
     state = State.IDLE
     error: BaseException | None = None
-    """The error that made the database roll back all of it; else the last one."""
+    """The error that made the database roll back all of it; else the first one."""
+    healed = False
+    """A rollback to a savepoint has undone what `error` spoiled."""
+    errors_before: WeakKeyDictionary[SessionTransaction, BaseException | None] | None = None
+    """For each savepoint the error before it."""
     wrote = False
     since: float | None = None
     """When it began on a connection, in seconds of a monotonic clock."""
@@ -85,11 +90,33 @@ class Transaction:
         self.participants.clear()
         self.on_durable = _nobody_asks
 
-    def note_error(self, error: BaseException) -> None:
+    def note_error(self, error: BaseException, final: bool = False) -> None:
+        """Keep *error*, if it is the first one, or *final*: the whole transaction is lost."""
         repeats = databases.error_code(error) == databases.REPEATS_EARLIER_ERROR
-        final = any(participant.aborted for participant in self.participants)
-        if not repeats and (self.error is None or not final):
-            self.error = error
+        if (self.error is None or self.healed or final) and not repeats:
+            self.error, self.healed = error, False
+
+    def on_savepoint(self, savepoint: SessionTransaction) -> None:
+        self.begin_sqlite()
+        if self.errors_before is None:
+            self.errors_before = WeakKeyDictionary()
+        self.errors_before[savepoint] = self.error
+
+    def on_savepoint_undone(self, savepoint: SessionTransaction) -> None:
+        """Handle a rollback to *savepoint*: an error since then is healed.
+
+        It counts until the application goes on, since it may have passed through the savepoint,
+        and be the cause of an error page.
+        """
+        before = None if self.errors_before is None else self.errors_before.get(savepoint)
+        if self.error is not before and not any(one.aborted for one in self.participants):
+            self.healed = True
+
+    def on_statement(self, statement: str) -> None:
+        """Handle a statement that succeeded; known only if the request may be retried."""
+        self.wrote |= not databases.is_read(statement)
+        if self.healed and not databases.is_rollback(statement):
+            self.error, self.healed = None, False
 
     def is_lost(self) -> bool:
         """Return whether the database has rolled back the transaction, or a part of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -565,18 +566,25 @@ def test_a_scope_on_the_connection_of_the_request() -> None:
     engine.dispose()
 
 
-def test_a_scope_that_gets_the_session_of_the_request_is_refused(engine: Engine) -> None:
-    """A factory that returns the same session twice cannot serve a scope in a request."""
-    session = Session(engine)
-    registry: Registry = scoped_session(lambda: session)  # type: ignore[arg-type]
+def test_a_scope_that_rolls_back_the_connection_of_the_request() -> None:
+    """What such a scope took back with it is lost, whatever another one commits afterwards."""
+    engine = create_engine("sqlite://")
+    registry: Registry = scoped_session(sessionmaker(engine))
+    make_tables(engine)
 
     def work() -> None:
-        with session_scope(registry):
-            raise AssertionError("unreachable")
+        registry.add(Item(name="request"))
+        registry.flush()
+        with suppress(LookupError), session_scope(registry) as session:
+            session.execute(insert(Item).values(name="taken back"))
+            raise LookupError
+        with session_scope(registry) as session:
+            session.add(Item(name="scope"))
 
-    app = SessionMiddleware(text(b"", before=work), registry)
-    with pytest.raises(RuntimeError, match="returned a session that is in use already"):
-        serve_once(app)
+    with pytest.raises(TransactionDoomed):
+        serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
+    assert names(engine) == ["scope"]
+    engine.dispose()
 
 
 def test_a_scope_that_stays_open_across_chunks_keeps_its_session(

@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.orm.exc import StaleDataError
 from support import Server, environ, names, refuse_commit, serve_once
+from werkzeug.wsgi import LimitedStream
 
 import middleware
 from models import Item
@@ -200,7 +201,6 @@ class Input:
 
     def __init__(self, content: bytes) -> None:
         self.content = io.BytesIO(content)
-        self.read1 = self.content.read1
         self.readinto = self.content.readinto
         self.peek = self.content.getvalue
 
@@ -215,6 +215,10 @@ class Input:
 
     def read(self, size: int = -1) -> bytes:
         return self.content.read(size)
+
+    def read1(self, size: int = -1) -> bytes:
+        """Return what has arrived: four bytes at a time."""
+        return self.content.read(4 if size < 0 else min(size, 4))
 
     def readline(self, size: int = -1) -> bytes:
         return self.content.readline(size)
@@ -235,7 +239,8 @@ READS: dict[str, Callable[[Any], object]] = {
     "readlines(None)": lambda stream: stream.readlines(None),
     "iteration": lambda stream: list(stream),
     "name": lambda stream: stream.name,
-    "read1": lambda stream: [stream.read1(5), stream.read1()],
+    "read1": lambda stream: b"".join(iter(lambda: stream.read1(5), b"")),
+    "Werkzeug": lambda stream: LimitedStream(stream, len(LINES)).read(len(LINES)),
     "as text": lambda stream: read_by(io.TextIOWrapper(stream)),
     "buffered": lambda stream: read_by(io.BufferedReader(stream)),
 }

@@ -234,6 +234,20 @@ def test_excess_is_dropped_and_logged(
     assert caplog.messages == ["GET /: 8 bytes beyond the Content-Length were dropped"]
 
 
+@pytest.mark.parametrize("chunks", [[], [b"hel"]])
+def test_a_body_that_ends_short_is_logged(
+    chunks: list[bytes], registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A body that ends before its Content-Length is passed on as it is, with a warning."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Length", "5")])
+        yield from chunks
+
+    assert serve_once(SessionMiddleware(app, registry)).chunks == chunks
+    assert caplog.messages == [f"GET /: the body ended after {len(b''.join(chunks))} of 5 bytes"]
+
+
 @pytest.mark.parametrize(
     ("lengths", "held"),
     [

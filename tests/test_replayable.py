@@ -180,7 +180,10 @@ def test_mariadb_commits_by_itself_at_ddl(statement: str, mariadb: Engine) -> No
         connection.execute(sql("DROP TABLE IF EXISTS other"))
 
 
-@pytest.mark.parametrize("chained", ["COMMIT AND CHAIN", "COMMIT; BEGIN", "END; BEGIN"])
+@pytest.mark.parametrize(
+    "chained",
+    ["COMMIT AND CHAIN", "COMMIT; BEGIN", "END; BEGIN", "SELECT 1; /* a */ COMMIT; BEGIN"],
+)
 def test_postgresql_commits_that_begin_again(chained: str, postgresql: Engine) -> None:
     """A COMMIT as text after which another transaction is open is seen all the same."""
 
@@ -259,6 +262,51 @@ def test_postgresql_a_commit_as_text_whose_reply_is_lost(postgresql: Engine) -> 
         )
 
     assert (calls_until_success(registry, work), names(postgresql)) == (1, ["kept"])
+
+
+def test_postgresql_several_statements_of_which_one_commits(postgresql: Engine) -> None:
+    """A text that fails after the COMMIT in it is not sent again."""
+    registry: Registry = scoped_session(sessionmaker(postgresql))
+    several = f"INSERT INTO items (name) VALUES ('kept'); COMMIT; DO $$ BEGIN {CONFLICT}; END $$"
+    calls = calls_until_success(registry, lambda: registry.connection().exec_driver_sql(several))
+    assert (calls, names(postgresql)) == (1, ["kept"])
+
+
+def test_postgresql_a_block_that_fails_is_repeated(postgresql: Engine) -> None:
+    """The END of a block is no COMMIT."""
+    registry: Registry = scoped_session(sessionmaker(postgresql))
+    block = sql(f"DO $$ BEGIN {CONFLICT}; END $$")
+    assert calls_until_success(registry, lambda: registry.execute(block)) == 3
+
+
+@pytest.mark.parametrize("first", ["USE tests", "DO 1", "# a\nSELECT 1", "SET @a = 1"])
+def test_mariadb_a_connection_found_dead_at_any_statement(first: str, mariadb: Engine) -> None:
+    """A first statement that commits nothing does not keep a stale connection's request back."""
+    registry: Registry = scoped_session(sessionmaker(mariadb))
+    with mariadb.connect() as connection:
+        number = connection.scalar(sql("SELECT CONNECTION_ID()"))
+    with make_engine(mariadb.url, pool_size=1).begin() as other:
+        other.execute(sql(f"KILL {number}"))
+        other.engine.dispose()
+
+    def work() -> None:
+        registry.execute(sql(first))
+        add(registry, "kept")
+
+    assert (calls_until_success(registry, work), names(mariadb)) == (2, ["kept"])
+
+
+def test_a_session_of_its_own_that_only_read_and_was_cut_off(postgresql: Engine) -> None:
+    """A ROLLBACK that finds a connection dead is not a COMMIT of unknown outcome."""
+    registry: Registry = scoped_session(sessionmaker(postgresql))
+
+    def work() -> None:
+        with registry.session_factory() as own:
+            number = own.scalar(sql("SELECT pg_backend_pid()"))
+            with postgresql.connect() as killer:
+                killer.execute(sql(f"SELECT pg_terminate_backend({number}, 5000)"))
+
+    assert calls_until_success(registry, work) == 3
 
 
 def test_rows_of_many_that_failed_in_autocommit(engine: Engine, sqlite_url: str) -> None:
@@ -479,6 +527,49 @@ def test_an_error_that_a_savepoint_took_back_hides_no_other(
 
     serve_once(SessionMiddleware(app, registry, attempts=3), environ("POST"))
     assert (len(calls), names(outside)) == (3, ["kept"])
+
+
+def test_an_error_that_a_savepoint_took_back_is_over_when_the_view_goes_on(
+    registry: Registry,
+) -> None:
+    """A view that goes on after a conflict in a savepoint, and fails on purpose: one call."""
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        with suppress(StaleDataError), registry.begin_nested(), registry.begin_nested():
+            make_stale(registry)
+        add(registry)
+
+    app = SessionMiddleware(text(b"", status="502 No", before=work), registry, attempts=3)
+    serve_once(app, environ("POST"))
+    assert len(calls) == 1
+
+
+def test_an_error_in_a_savepoint_hides_no_conflict_before_it(
+    registry: Registry, engine: Engine
+) -> None:
+    """A conflict that became a page is one even if the page expected another error, and got it."""
+    calls: list[int] = []
+    again = sqlite3.OperationalError("database is locked")
+    again.sqlite_errorname = "SQLITE_BUSY"  # as its driver sets it
+
+    def app(environ: Any, start_response: Any) -> Any:
+        calls.append(1)
+        with suppress(DBAPIError):
+            registry.execute(sql("SELECT conflict()"))
+        with suppress(IntegrityError), registry.begin_nested():
+            registry.execute(insert(Item), [{"id": 7}, {"id": 7}])
+        start_response("500 Internal Server Error", [])
+        return [b"sorry"]
+
+    @event.listens_for(engine, "do_execute")
+    def conflict(cursor: object, statement: str, *_: object) -> None:
+        if "conflict()" in statement:
+            raise again
+
+    serve_once(SessionMiddleware(app, registry, attempts=3), environ("POST"))
+    assert len(calls) == 3
 
 
 def test_an_error_that_is_handled_outside_is_none_of_the_request(registry: Registry) -> None:
