@@ -69,7 +69,7 @@ class SessionTracker:
     def on_create(self) -> None:
         if self.transaction.has_begun():
             self.previous = self.transaction
-            self.previous.error = None
+            self.previous.forget_errors()
         self.transaction = self.new_transaction()
 
     def on_join(self, connection: Connection) -> None:
@@ -144,7 +144,7 @@ class SessionTracker:
         """Drop the references to errors, whose tracebacks refer back to this object."""
         for transaction in (self.transaction, self.previous, *self.losses.values()):
             if transaction is not None:
-                transaction.error = None
+                transaction.forget_errors()
 
     def on_rollback(self) -> None:
         """Handle ``Session.rollback()``, after the end of the transaction."""

@@ -112,6 +112,9 @@ class Transaction:
         if self.error is not before and not any(one.aborted for one in self.participants):
             self.healed = True
 
+    def forget_errors(self) -> None:
+        self.error = self.errors_before = None
+
     def on_statement(self, statement: str) -> None:
         """Handle a statement that succeeded; known only if the request may be retried."""
         self.wrote |= not databases.is_read(statement)
