@@ -161,10 +161,16 @@ def is_of_commit(context: ExceptionContext) -> bool:
     return is_of_transaction(context) and not isinstance(context.original_exception, StatementError)
 
 
-def is_in_commit(error: BaseException) -> bool:
-    """Return whether the COMMIT of SQLAlchemy's dialect raised *error*, and not its ROLLBACK."""
-    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
-    return "do_commit" in names or "do_commit_twophase" in names
+def is_of_dialects_commit(context: ExceptionContext) -> bool:
+    """Return whether COMMIT failed, of a connection of which nothing else is known.
+
+    Only the traceback tells it from a ROLLBACK.
+    """
+    if context.statement is not None:
+        return is_of_commit(context)
+    frames = walk_tb(context.original_exception.__traceback__)
+    names = {frame.f_code.co_name for frame, _ in frames}
+    return not names.isdisjoint({"do_commit", "do_commit_twophase"})
 
 
 def driver_connection(connection: Connection) -> Any:
@@ -265,9 +271,9 @@ _STAYS_OPEN = _READS | {
     "INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "SAVEPOINT", "RELEASE", "ROLLBACK", "SIGNAL",
 }  # fmt: skip
 _MARIADB_STAYS_OPEN = _STAYS_OPEN | {"DESC", "DO", "USE"}
-_BLANK = r"\s|/\*.*?\*/|(?:--|\#)[^\n]*\n"  # and comments
-_FIRST_WORD = re.compile(rf"(?:\(|{_BLANK})*(\w*)", re.DOTALL)
-_COMMITS_LATER = re.compile(rf";(?:{_BLANK})*COMMIT\b", re.DOTALL | re.IGNORECASE)
+_BLANK = r"\s|/\*(?:[^*]|\*(?!/))*\*/|(?:--|\#)[^\n]*\n"  # and comments
+_FIRST_WORD = re.compile(rf"(?:\(|{_BLANK})*(\w*)")
+_COMMITS_LATER = re.compile(rf";(?:{_BLANK})*COMMIT\b", re.IGNORECASE)
 
 
 def is_read(statement: str) -> bool:
@@ -314,7 +320,7 @@ def may_be_durable(context: ExceptionContext, autocommit: bool) -> bool:
         several = execution is not None and execution.executemany
         return context.is_disconnect or several or _first_word(statement) not in _STAYS_OPEN
     if context.dialect.name in ("mysql", "mariadb"):
-        return _commits_on_mariadb(statement)
+        return _COMMITS_LATER.search(statement) is not None or _commits_on_mariadb(statement)
     several = ";" in statement.rstrip("; \t\r\n")
     return (context.is_disconnect or several) and _commits(statement)
 

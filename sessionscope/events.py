@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sessionscope.databases import is_in_commit, leaves_commit_unknown
+from sessionscope.databases import is_of_dialects_commit, leaves_commit_unknown
 from sessionscope.participants import participants_of, watch
 from sessionscope.stage import entries
 from sessionscope.trackers import tracker_of
@@ -44,7 +44,7 @@ def _handle_error_of_others(context: ExceptionContext, connection: Connection) -
     if connection.get_transaction() is None:
         for entry in entries():
             entry.on_begin_refused(error)
-    elif is_in_commit(context.original_exception) and leaves_commit_unknown(error):
+    elif is_of_dialects_commit(context) and leaves_commit_unknown(error):
         for entry in entries():
             entry.on_commit_of(None)
 

@@ -94,18 +94,20 @@ class Participant:
             driver = self.pooled.dbapi_connection
             self.begun, self.changes = driver.in_transaction, driver.total_changes
             self.in_autocommit = not self.begun and driver.isolation_level is None
-            if not self.begun:
-                for one in participants_of(connection.info):
-                    one.aborted = one.aborted or one.begun  # lost by a rollback on this driver
         # Weak, since the pool keeps it: a stream that is dropped without close() must be freed.
         # Another thread may have the connection already when this one leaves: so a set, whose
         # methods are atomic, as those of WeakSet are not.
         self.others: set[ref[Participant]] = connection.info.setdefault(_MARK, set())
+        self.shared_with = participants_of(connection.info)
+        for participant in self.shared_with:
+            participant.on_flush()
         self.mark = ref(self, self.others.discard)
         self.others.add(self.mark)
 
     def leave(self) -> None:
         self.others.discard(self.mark)
+        while self.shared_with:
+            self.shared_with.pop().refresh()
         while self.listeners:
             event.remove(self.connection, *self.listeners.pop())
 
@@ -198,6 +200,12 @@ class Participant:
                 driver = participant.sqlite()
                 participant.begun = driver is not None and driver.in_transaction
 
+    def refresh(self) -> None:
+        """Notice that another session, which shares SQLite's driver, has rolled back."""
+        driver = self.sqlite()
+        if driver is not None and not driver.in_transaction:
+            self.aborted = self.aborted or self.begun
+
     def on_return(self, driver: Any, claimed: bool) -> None:
         """Handle the return of the connection to its pool.
 
@@ -231,7 +239,7 @@ class Participant:
             context.invalidate_pool_on_disconnect = False
         if self.watched and databases.may_be_durable(context, self.is_autocommit()):
             owner.on_durable()
-        owner.note_error(error)
+        owner.note_error(error, final=context.is_disconnect)
         self.error = self.error or error
         if not (self.aborted or context.is_disconnect or self.is_autocommit()):
             had_work = self.begun or self.has_written()

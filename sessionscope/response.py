@@ -202,10 +202,13 @@ class StreamedBody:
     def _advance(self) -> Any:
         """Return the next chunk that may be sent; `END` after the last."""
         withheld, excess = END, 0
-        while (chunk := self.source.pull()) is not END:
-            head = self.source.head
+        while True:
+            chunk, head = self.source.pull(), self.source.head
             if head is not self.head:  # the new head takes back the old one's body
                 self.head, withheld, self.received, excess = head, END, 0, 0
+            if chunk is END:
+                self._compare(excess)
+                return withheld
             length = None if head is None else head.length
             size = len(chunk) if type(chunk) is bytes else size_of(chunk)
             if size == 0:
@@ -219,12 +222,10 @@ class StreamedBody:
                 withheld = _keep(chunk)
             else:
                 excess += size
-        self._compare(excess)
-        return withheld
 
     def _compare(self, excess: int) -> None:
         """Log the difference between the body, which has ended, and its Content-Length."""
-        head = self.source.head
+        head = self.head
         if head is None:
             return
         # A server must not send the body of a HEAD response (RFC 9110, 9.3.2), and many

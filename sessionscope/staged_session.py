@@ -48,11 +48,16 @@ class StagedSession(SessionTracker):
         watched: bool,
         warned: set[str],
     ) -> None:
-        session = registry.session_factory()
+        session, around = registry.session_factory(), entries()
+        if any(getattr(entry, "session", None) is session for entry in around):
+            raise RuntimeError(
+                f"{registry.session_factory!r} returned a session that is in use already, but "
+                "each request and each session_scope needs a new one"
+            )
         if reader is not None and not isinstance(session.bind, Connection):
             session.bind = reader
         # A request around this scope may be retried.
-        watched = watched or any(getattr(entry, "watched", False) for entry in entries())
+        watched = watched or any(getattr(entry, "watched", False) for entry in around)
         super().__init__(session, safe, watched)
         self.registry = registry
         self.stage = staged(registry)

@@ -64,7 +64,8 @@ class SessionTracker:
             self.on_durable()
 
     def on_begin_refused(self, error: BaseException) -> None:
-        self.transaction.note_error(error)
+        if self.transaction.error is None:  # it may be of another engine, and no cause
+            self.transaction.note_error(error)
 
     def on_create(self) -> None:
         if self.transaction.has_begun():

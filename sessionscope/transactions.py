@@ -38,7 +38,7 @@ class Transaction:
 
     state = State.IDLE
     error: BaseException | None = None
-    """The error that made the database roll back all of it; else the first one."""
+    """The one that ended the transaction, else the first transient one, else the last one."""
     healed = False
     """A rollback to a savepoint has undone what `error` spoiled."""
     errors_before: WeakKeyDictionary[SessionTransaction, BaseException | None] | None = None
@@ -91,9 +91,15 @@ class Transaction:
         self.on_durable = _nobody_asks
 
     def note_error(self, error: BaseException, final: bool = False) -> None:
-        """Keep *error*, if it is the first one, or *final*: the whole transaction is lost."""
-        repeats = databases.error_code(error) == databases.REPEATS_EARLIER_ERROR
-        if (self.error is None or self.healed or final) and not repeats:
+        """Keep *error*, unless an earlier one counts more.
+
+        :param final: whether the whole transaction is lost because of it.
+        """
+        if databases.error_code(error) == databases.REPEATS_EARLIER_ERROR:
+            return
+        lost = any(participant.aborted for participant in self.participants)
+        counts = self.error is not None and (lost or databases.is_transient(self.error))
+        if final or self.healed or not counts:
             self.error, self.healed = error, False
 
     def on_savepoint(self, savepoint: SessionTransaction) -> None:
@@ -105,8 +111,8 @@ class Transaction:
     def on_savepoint_undone(self, savepoint: SessionTransaction) -> None:
         """Handle a rollback to *savepoint*: an error since then is healed.
 
-        It counts until the application goes on, since it may have passed through the savepoint,
-        and be the cause of an error page.
+        It counts until the application writes something else, since it may have passed through
+        the savepoint, and be the cause of an error page.
         """
         before = None if self.errors_before is None else self.errors_before.get(savepoint)
         if self.error is not before and not any(one.aborted for one in self.participants):
@@ -117,8 +123,9 @@ class Transaction:
 
     def on_statement(self, statement: str) -> None:
         """Handle a statement that succeeded; known only if the request may be retried."""
-        self.wrote |= not databases.is_read(statement)
-        if self.healed and not databases.is_rollback(statement):
+        reads = databases.is_read(statement)
+        self.wrote |= not reads
+        if self.healed and not reads and not databases.is_rollback(statement):
             self.error, self.healed = None, False
 
     def is_lost(self) -> bool:

@@ -566,25 +566,48 @@ def test_a_scope_on_the_connection_of_the_request() -> None:
     engine.dispose()
 
 
-def test_a_scope_that_rolls_back_the_connection_of_the_request() -> None:
-    """What such a scope took back with it is lost, whatever another one commits afterwards."""
+@pytest.mark.parametrize("scope_follows", [False, True])
+@pytest.mark.parametrize("core", [False, True])
+def test_a_scope_that_rolls_back_the_connection_of_the_request(
+    core: bool, scope_follows: bool
+) -> None:
+    """What such a scope took back with it is lost, whatever comes afterwards."""
     engine = create_engine("sqlite://")
     registry: Registry = scoped_session(sessionmaker(engine))
     make_tables(engine)
 
     def work() -> None:
-        registry.add(Item(name="request"))
-        registry.flush()
+        if core:
+            registry.execute(insert(Item).values(name="request"))
+        else:
+            registry.add(Item(name="request"))
+            registry.flush()
         with suppress(LookupError), session_scope(registry) as session:
             session.execute(insert(Item).values(name="taken back"))
             raise LookupError
-        with session_scope(registry) as session:
-            session.add(Item(name="scope"))
+        if scope_follows:
+            with session_scope(registry) as session:
+                session.add(Item(name="scope"))
+        registry.execute(insert(Item).values(name="request, again"))
 
     with pytest.raises(TransactionDoomed):
         serve_once(SessionMiddleware(text(b"", before=work), registry), environ("POST"))
-    assert names(engine) == ["scope"]
+    assert names(engine) == (["scope"] if scope_follows else [])
     engine.dispose()
+
+
+def test_a_scope_that_gets_the_session_of_the_request_is_refused(engine: Engine) -> None:
+    """A factory that returns the same session twice cannot serve a scope in a request."""
+    session = Session(engine)
+    registry: Registry = scoped_session(lambda: session)  # type: ignore[arg-type]
+
+    def work() -> None:
+        with session_scope(registry):
+            raise AssertionError("unreachable")
+
+    app = SessionMiddleware(text(b"", before=work), registry)
+    with pytest.raises(RuntimeError, match="returned a session that is in use already"):
+        serve_once(app)
 
 
 def test_a_scope_that_stays_open_across_chunks_keeps_its_session(

@@ -220,6 +220,11 @@ class Input:
         """Return what has arrived: four bytes at a time."""
         return self.content.read(4 if size < 0 else min(size, 4))
 
+    def readinto1(self, buffer: Any) -> int:
+        data = self.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def readline(self, size: int = -1) -> bytes:
         return self.content.readline(size)
 
@@ -240,10 +245,17 @@ READS: dict[str, Callable[[Any], object]] = {
     "iteration": lambda stream: list(stream),
     "name": lambda stream: stream.name,
     "read1": lambda stream: b"".join(iter(lambda: stream.read1(5), b"")),
+    "readinto1": lambda stream: b"".join(pieces(stream)),
     "Werkzeug": lambda stream: LimitedStream(stream, len(LINES)).read(len(LINES)),
     "as text": lambda stream: read_by(io.TextIOWrapper(stream)),
     "buffered": lambda stream: read_by(io.BufferedReader(stream)),
 }
+
+
+def pieces(stream: Any) -> Iterator[bytes]:
+    buffer = bytearray(5)
+    while count := stream.readinto1(buffer):
+        yield bytes(buffer[:count])
 
 
 def read_by(reader: Any) -> object:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+import pymysql
 import pytest
 from sessionscope import SessionMiddleware, engines, on_commit, session_scope
 from sessionscope.engines import make_engine
@@ -337,7 +338,30 @@ def test_rows_of_many_that_failed_in_autocommit(engine: Engine, sqlite_url: str)
     auto.dispose()
 
 
-@pytest.mark.parametrize("statement", ["SELECT 1 AS commit", "/* COMMIT */ SELECT 1", "SELECT(1)"])
+def test_mariadb_two_phases_of_a_session_of_its_own(mariadb: Engine) -> None:
+    """The reply to XA COMMIT may be lost, too: what it committed is not done again."""
+    registry: Registry = scoped_session(sessionmaker(mariadb))
+
+    @event.listens_for(mariadb, "after_cursor_execute")
+    def lose_the_reply(connection: Any, cursor: Any, statement: str, *_: object) -> None:
+        if statement.startswith("XA COMMIT"):
+            raise pymysql.OperationalError(2013, "Lost connection to server during query")
+
+    def work() -> None:
+        with Session(mariadb, twophase=True) as own:
+            own.add(Item(name="kept"))
+            own.commit()
+
+    assert (calls_until_success(registry, work), names(mariadb)) == (1, ["kept"])
+
+
+COMMENTS = "SELECT 1; " + "/**/" * 5000
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["SELECT 1 AS commit", "/* COMMIT */ SELECT 1", "SELECT(1)", pytest.param(COMMENTS, id="many")],
+)
 def test_a_read_that_looks_like_something_else_is_repeated(
     statement: str, any_engine: Engine
 ) -> None:
@@ -546,30 +570,71 @@ def test_an_error_that_a_savepoint_took_back_is_over_when_the_view_goes_on(
     assert len(calls) == 1
 
 
-def test_an_error_in_a_savepoint_hides_no_conflict_before_it(
-    registry: Registry, engine: Engine
-) -> None:
-    """A conflict that became a page is one even if the page expected another error, and got it."""
-    calls: list[int] = []
-    again = sqlite3.OperationalError("database is locked")
-    again.sqlite_errorname = "SQLITE_BUSY"  # as its driver sets it
+# What happens in a view around a conflict, of which the client sees an error page only.
 
-    def app(environ: Any, start_response: Any) -> Any:
-        calls.append(1)
-        with suppress(DBAPIError):
-            registry.execute(sql("SELECT conflict()"))
-        with suppress(IntegrityError), registry.begin_nested():
-            registry.execute(insert(Item), [{"id": 7}, {"id": 7}])
-        start_response("500 Internal Server Error", [])
-        return [b"sorry"]
+
+def conflict(registry: Registry) -> None:
+    with suppress(DBAPIError):
+        registry.execute(sql("SELECT conflict()"))
+
+
+def duplicate(registry: Registry) -> None:
+    with suppress(IntegrityError):
+        registry.execute(insert(Item), [{"id": 7}, {"id": 7}])
+
+
+def conflict_then_duplicate_in_savepoint(registry: Registry) -> None:
+    conflict(registry)
+    with registry.begin_nested():
+        duplicate(registry)
+
+
+def duplicate_then_conflict(registry: Registry) -> None:
+    duplicate(registry)
+    conflict(registry)
+
+
+def conflict_in_savepoint_then_read(registry: Registry) -> None:
+    with suppress(DBAPIError), registry.begin_nested():
+        registry.execute(sql("SELECT conflict()"))
+    registry.execute(sql("SELECT 1"))
+
+
+def duplicate_then_refused_begin_elsewhere(registry: Registry) -> None:
+    duplicate(registry)
+    with suppress(DBAPIError), create_engine("sqlite:////no/such/folder/x").connect():
+        raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (conflict_then_duplicate_in_savepoint, 3),
+        (duplicate_then_conflict, 3),
+        (conflict_in_savepoint_then_read, 3),
+        (duplicate_then_refused_begin_elsewhere, 1),
+    ],
+)
+def test_the_error_behind_a_page_is_the_one_that_counts(
+    work: Work, expected: int, registry: Registry, engine: Engine
+) -> None:
+    """A page is taken back for a conflict, whatever expected errors come before or after it."""
+    calls: list[int] = []
+    busy = sqlite3.OperationalError("database is locked")
+    busy.sqlite_errorname = "SQLITE_BUSY"  # as its driver sets it
 
     @event.listens_for(engine, "do_execute")
-    def conflict(cursor: object, statement: str, *_: object) -> None:
+    def raise_busy(cursor: object, statement: str, *_: object) -> None:
         if "conflict()" in statement:
-            raise again
+            raise busy
 
+    def counted() -> None:
+        calls.append(1)
+        work(registry)
+
+    app = text(b"sorry", status="500 Internal Server Error", before=counted)
     serve_once(SessionMiddleware(app, registry, attempts=3), environ("POST"))
-    assert len(calls) == 3
+    assert len(calls) == expected
 
 
 def test_an_error_that_is_handled_outside_is_none_of_the_request(registry: Registry) -> None:

@@ -67,6 +67,21 @@ def test_exc_info_replaces_the_pending_head_and_the_outcome(
     assert names(outside) == []
 
 
+def test_exc_info_takes_back_a_chunk_that_was_held_back(registry: Registry) -> None:
+    """A head that replaces another at the end of the body has no chunk of the other's."""
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Length", "2")])
+        yield b"ok"
+        try:
+            raise LookupError
+        except LookupError:
+            start_response("500 Oops", [("Content-Length", "0")], sys.exc_info())
+
+    reply = serve_once(SessionMiddleware(app, registry))
+    assert (reply.status, reply.chunks) == ("500 Oops", [])
+
+
 def test_exc_info_after_the_first_byte_is_raised(registry: Registry, outside: Engine) -> None:
     """Once bytes have left, start_response with exc_info raises what it is given."""
 
