@@ -253,12 +253,12 @@ class Participant:
             elif connection.dialect.name == "postgresql":
                 self.aborted = True  # by a hook of COMMIT, after the last check
 
-    def discard(self) -> None:
-        """Close a connection that SQLAlchemy failed to close, before another request gets it."""
-        connection = self.connection
-        try:
-            if not connection.closed:
-                connection.invalidate()
-                connection.close()
-        except Exception:
-            log.exception("a connection could not be discarded")
+
+def discard(connection: Connection) -> None:
+    """Close a connection that SQLAlchemy failed to close, before another request gets it."""
+    try:
+        if not connection.closed:
+            connection.invalidate()
+            connection.close()
+    except Exception:
+        log.exception("a connection could not be discarded")

@@ -91,10 +91,7 @@ class Transaction:
         self.on_durable = _nobody_asks
 
     def note_error(self, error: BaseException, final: bool = False) -> None:
-        """Keep *error*, unless an earlier one counts more.
-
-        :param final: whether the whole transaction is lost because of it.
-        """
+        """Keep *error*, unless an earlier one counts more; *final*, if it lost the transaction."""
         if databases.error_code(error) == databases.REPEATS_EARLIER_ERROR:
             return
         lost = any(participant.aborted for participant in self.participants)

@@ -15,6 +15,7 @@ from sessionscope.callbacks import Callbacks
 from sessionscope.committing import CommittingSession
 from sessionscope.databases import is_transient
 from sessionscope.errors import swallowed
+from sessionscope.participants import discard
 from sessionscope.stage import log, on_stage
 from sessionscope.states import State
 from sessionscope.trackers import close_quietly, has_changes
@@ -140,7 +141,7 @@ class UnitOfWork(CommittingSession):
         """Close the connections that SQLAlchemy failed to close."""
         for participant in self.transaction.participants:
             if participant.connection is not self.session.bind:
-                participant.discard()
+                discard(participant.connection)
         self.transaction.leave()
 
     def on_end(self) -> None:
