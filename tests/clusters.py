@@ -23,7 +23,7 @@ from databases import (
     postgresql_programs,
     until,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 NAMES = ("node1", "node2", "node3")
 
@@ -247,7 +247,7 @@ class GaleraNode(MariaDB):
         """
         try:
             return dict(execute(f"{self.server_url}/mysql", "SHOW STATUS LIKE 'wsrep%'"))
-        except DBAPIError:
+        except SQLAlchemyError:
             return {}
 
     def forget_cluster(self) -> None:

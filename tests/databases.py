@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, create_engine, make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 PATIENCE = 120.0
@@ -269,7 +269,7 @@ class Node:
         return execute(self.url, statement)
 
     def is_ready(self) -> bool:
-        """Whether queries are answered now; a DBAPIError says no as well."""
+        """Whether queries are answered now; a SQLAlchemyError says no as well."""
         self.execute("SELECT 1")
         return True
 
@@ -304,7 +304,7 @@ class Node:
             raise RuntimeError(f"{self} ended:\n{end}")
         try:
             return self.is_ready()
-        except DBAPIError:
+        except SQLAlchemyError:
             return False
 
     def stop(self) -> None:

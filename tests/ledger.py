@@ -29,7 +29,7 @@ from typing import Any, Literal
 from databases import MariaDB, Node, until
 from processes import Process, serve
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 from support import PATIENCE
 
@@ -388,7 +388,7 @@ class MariaDBStore:
 
     def terminate(self, clients: Sequence[tuple[Node, int]]) -> None:
         for node, id in clients:
-            with suppress(DBAPIError):  # it has left by itself
+            with suppress(SQLAlchemyError):  # it has left by itself
                 node.execute(f"KILL {id}")
 
     @contextmanager
@@ -419,7 +419,7 @@ def kill_processes(node: Node, pids: Iterable[int]) -> None:
 
 def last_checkpoint(node: Node) -> str | None:
     """Where PostgreSQL's last checkpoint is in the log; None while nobody answers."""
-    with suppress(DBAPIError):
+    with suppress(SQLAlchemyError):
         [(position,)] = node.execute("SELECT (pg_control_checkpoint()).checkpoint_lsn::text")
         return str(position)
     return None
