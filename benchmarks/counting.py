@@ -18,14 +18,17 @@ TIMES = {"warm": 30, "count": 100}
 
 
 class Counter:
-    """A script under Callgrind, which does what it is told by `play`."""
+    """A script under Callgrind, which does what it is told by `play`.
 
-    def __init__(self, script: str, *arguments: str) -> None:
+    :param seed: of the hashes of strings.
+    """
+
+    def __init__(self, script: str, *arguments: str, seed: int) -> None:
         valgrind = [find("valgrind"), "--tool=callgrind", "--instr-atstart=no", "-q"]
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  it is read when the script fails
         self.process = subprocess.Popen(
             [*valgrind, "--callgrind-out-file=/dev/null", sys.executable, script, *arguments],
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -66,9 +69,9 @@ class Counter:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def counts(script: str, *arguments: str, jobs: Iterable[str]) -> dict[str, float]:
+def counts(script: str, *arguments: str, jobs: Iterable[str], seed: int = 0) -> dict[str, float]:
     """Instructions of each job, all done by one process."""
-    with Counter(script, *arguments) as counter:
+    with Counter(script, *arguments, seed=seed) as counter:
         return {job: counter.count(job) for job in jobs}
 
 

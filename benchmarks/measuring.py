@@ -6,6 +6,7 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from counting import counts
@@ -14,8 +15,8 @@ from sqlalchemy import text
 
 from web.database import create_tables
 
-RUNS = 3
-"""Processes that count the same: objects are hashed by address, which moves a count by a few %."""
+SEEDS = range(3)
+"""Processes that count the same: how things are hashed moves a count by some per cent."""
 
 WORKLOADS = str(Path(__file__).with_name("workloads.py"))
 
@@ -31,22 +32,22 @@ def fill(url: str, count: int) -> None:
     engine.dispose()
 
 
-def count(kind: str, name: str, url: str, jobs: Iterable[str]) -> dict[str, float]:
+def count(kind: str, name: str, url: str, jobs: Iterable[str], seed: int) -> dict[str, float]:
     """Instructions of each job, done by one contestant or service."""
-    return counts(WORKLOADS, kind, name, url, jobs=jobs)
+    return counts(WORKLOADS, kind, name, url, jobs=jobs, seed=seed)
 
 
 def count_all(kind: str, jobs: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """The same for several, on SQLite files with 100 items; of `RUNS` processes the median."""
+    """The same for several, on SQLite files with 100 items; by the median."""
 
-    def on_file(name: str) -> dict[str, float]:
+    def on_file(name: str, seed: int) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             url = f"sqlite:///{folder}/items.db"
             fill(url, 100)
-            return count(kind, name, url, jobs[name])
+            return count(kind, name, url, jobs[name], seed)
 
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.map(on_file, jobs) for _ in range(RUNS)]
+        runs = [pool.map(on_file, jobs, repeat(seed)) for seed in SEEDS]
     return {name: median(found) for name, found in zip(jobs, zip(*runs, strict=True), strict=True)}
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from databases import postgresql
-from measuring import RUNS, count, count_all, fill, median
+from measuring import SEEDS, count, count_all, fill, median
 from report import Row
 
 TITLE = "The session of a request, in instructions"
-MINUTES = 11
+MINUTES = 6
 
 ENDS = {
     "GET /": ("session not used, to by hand", 0.35),
@@ -62,7 +62,7 @@ def rows() -> Iterator[Row]:
     with postgresql() as node:
         fill(node.url, 100)
         asking, plain = (
-            median([count("session", name, node.url, [CREATE]) for _ in range(RUNS)])[CREATE]
+            median([count("session", name, node.url, [CREATE], seed) for seed in SEEDS])[CREATE]
             for name in ("confirm=True", "sessionscope")
         )
         yield Row(f"confirm=True, {CREATE} on PostgreSQL", percent(asking, plain), "10 %")
