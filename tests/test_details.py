@@ -292,6 +292,26 @@ def test_the_recorded_input_is_as_the_servers(
     assert [one for one in seen if one is not None] == [expected] * (2 if first else 3)
 
 
+def test_a_replayed_read1_does_not_wait_for_the_client(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been recorded is returned at once, though the application would take more."""
+    monkeypatch.setattr(middleware, "RETRY_PAUSE", 0.0)
+    seen: list[bytes] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        stream = environ["wsgi.input"]
+        seen.append(stream.read1(100) if seen else stream.read(2))
+        if len(seen) < 2:
+            raise StaleDataError
+        start_response("200 OK", [])
+        return [b""]
+
+    request = {**environ("POST"), "wsgi.input": Input(LINES)}
+    serve_once(SessionMiddleware(app, registry, attempts=2), request)
+    assert seen == [b"on", b"on"]
+
+
 def test_a_body_that_was_not_recorded_is_not_read_again(registry: Registry) -> None:
     """A request whose body was read by something of the server's own is not repeated."""
 
