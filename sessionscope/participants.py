@@ -239,7 +239,7 @@ class Participant:
             context.invalidate_pool_on_disconnect = False
         if self.watched and databases.may_be_durable(context, self.is_autocommit()):
             owner.on_durable()
-        owner.note_error(error, final=context.is_disconnect)
+        owner.note_error(error)
         self.error = self.error or error
         if not (self.aborted or context.is_disconnect or self.is_autocommit()):
             had_work = self.begun or self.has_written()

@@ -603,6 +603,22 @@ def test_a_status_that_rolls_back_is_answered_as_it_is(any_registry: Registry) -
     post(lambda: fail(any_registry), any_registry, "409 Conflict")
 
 
+def test_the_cause_is_what_ended_the_transaction(registry: Registry) -> None:
+    """An error after the one that undid the whole transaction is not the cause."""
+    again = insert(Item).prefix_with("OR ROLLBACK").values(id=7, name="again")
+
+    def work() -> None:
+        registry.execute(insert(Item).values(id=7, name="gone"))
+        with suppress(IntegrityError):
+            registry.execute(again)
+        with suppress(OperationalError):
+            registry.execute(sql("SELECT * FROM nowhere"))
+
+    with pytest.raises(TransactionDoomed) as caught:
+        post(work, registry)
+    assert isinstance(caught.value.__cause__, IntegrityError)
+
+
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
