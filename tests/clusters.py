@@ -302,12 +302,21 @@ class GaleraCluster:
         for node in self.nodes:
             if not node.running:
                 node.start()
-        until(self._is_whole, "three nodes that are one cluster")
+        self.settle()
 
-    def _is_whole(self) -> bool:
-        # A node that was paused believes for a moment that nothing has happened.
-        whole = {**READY, "wsrep_cluster_size": str(len(self.nodes))}
-        return all(whole.items() <= node.status().items() for node in self.nodes)
+    def settle(self) -> None:
+        """Wait until the nodes that run are one cluster, and all of them know that.
+
+        For a moment they believe that a node that was killed is still there, and that one that
+        was paused has missed nothing; a statement fails when they find out during it.
+        """
+
+        def is_settled() -> bool:
+            running = [node for node in self.nodes if node.running]
+            whole = {**READY, "wsrep_cluster_size": str(len(running))}
+            return all(whole.items() <= node.status().items() for node in running)
+
+        until(is_settled, "the nodes that run to be one cluster")
 
     def _has_majority(self) -> bool:
         running = [node for node in self.nodes if node.running]

@@ -232,6 +232,7 @@ def test_a_killed_galera_node_rejoins_with_all_rows(galera_cluster: GaleraCluste
     with table(lambda: second, galera_cluster.nodes):
         add(first, 1)
         first.kill()
+        galera_cluster.settle()
         add(second, 2)
         add(third, 3)
         first.start()

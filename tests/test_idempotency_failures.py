@@ -203,6 +203,6 @@ def test_galera_a_node_that_is_killed(galera: list[Service], galera_cluster: Gal
     here, there = galera
     first = here.post()
     galera_cluster.nodes[0].kill()
-    until(galera_cluster.nodes[1].is_ready, "the others to go on")
+    galera_cluster.settle()
     assert is_replay(there.post(), first)
     assert names(bind_of(there)) == [first.content.decode()]
