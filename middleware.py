@@ -100,9 +100,10 @@ class SessionMiddleware:
         `on_commit` does them.  A request is not retried if a byte has been sent, or if
         anything has been committed or may have been.
     :param reader: an Engine for safe methods (GET, HEAD, OPTIONS, TRACE; RFC 9110, 9.2.1): a
-        replica, or a read-only engine for the same SQLite file.  It becomes the ``bind`` of
-        their sessions, so ``binds=`` and the ``get_bind()`` of a subclass take precedence; a
-        registry bound to a Connection ignores it.
+        replica, or a read-only engine for the same SQLite file.  It should refuse to write,
+        because a retry repeats what was done there.  It becomes the ``bind`` of their sessions,
+        so ``binds=`` and the ``get_bind()`` of a subclass take precedence; a registry bound to
+        a Connection ignores it.
     :param confirm: query PostgreSQL 13 or newer for the outcome of a COMMIT whose reply was
         lost.  It costs one statement before each COMMIT, but none for a safe method that has
         flushed nothing.  A transaction that turns out to be committed is a success, an aborted
@@ -143,7 +144,8 @@ class SessionMiddleware:
         self.observer = observer
         self.warned: set[str] = set()
         staged(registry)
-        prepare([*binds_of(registry), reader], watched=attempts > 1)
+        prepare(binds_of(registry), watched=attempts > 1)
+        prepare([reader], watched=False)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         outer = staged(self.registry).current()

@@ -16,6 +16,7 @@ from sessionscope.trackers import SessionTracker, has_changes
 from sqlalchemy import Connection, Engine
 
 if TYPE_CHECKING:
+    from sessionscope.participants import Participant
     from sessionscope.stage import Registry
     from sqlalchemy.orm import Session
 
@@ -59,10 +60,15 @@ class StagedSession(SessionTracker):
         # A request around this scope may be retried.
         watched = watched or any(getattr(entry, "watched", False) for entry in around)
         super().__init__(session, safe, watched)
+        self.reader = reader
         self.registry = registry
         self.stage = staged(registry)
         self.warned = warned
         self.seat = Seat()
+
+    def may_be_repeated(self, participant: Participant) -> bool:
+        # A reader has only safe requests, and refuses to write.
+        return participant.connection.engine is self.reader or super().may_be_repeated(participant)
 
     def show(self) -> Session:
         if self.scope is None or not self.session.in_transaction():

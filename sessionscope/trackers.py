@@ -14,6 +14,7 @@ from sqlalchemy.orm.exc import StaleDataError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from sessionscope.participants import Participant
     from sqlalchemy import Connection
     from sqlalchemy.orm import SessionTransaction
 
@@ -44,7 +45,7 @@ class SessionTracker:
         setattr(session, _MARK, self)
 
     def new_transaction(self) -> Transaction:
-        return Transaction(self.safe, self.on_made_durable if self.watched else None)
+        return Transaction(self.on_made_durable)
 
     def forget_session(self) -> None:
         """Stop tracking the session."""
@@ -74,9 +75,15 @@ class SessionTracker:
         self.transaction = self.new_transaction()
 
     def on_join(self, connection: Connection) -> None:
-        self.transaction.join(connection)
+        participant = self.transaction.join(connection)
+        if self.watched and not self.may_be_repeated(participant):
+            participant.watch()
         if self.session.in_nested_transaction():
             self.transaction.begin_sqlite()
+
+    def may_be_repeated(self, participant: Participant) -> bool:
+        """Return whether a retry may repeat what was made durable on this connection."""
+        return self.safe and participant.is_autocommit()
 
     def on_savepoint(self, savepoint: SessionTransaction) -> None:
         self.transaction.on_savepoint(savepoint)

@@ -31,9 +31,7 @@ def _nobody_asks() -> None:
 class Transaction:
     """One transaction of a session, from its beginning to its outcome.
 
-    :param safe: whether the request's method is safe (RFC 9110, 9.2.1).
-    :param on_durable: called when a statement may have made work durable; None if nobody needs
-        that, because it takes a listener on each statement.
+    :param on_durable: called when a statement of a watched participant may have made work durable.
     """
 
     state = State.IDLE
@@ -50,11 +48,9 @@ class Transaction:
     """Whether SQLAlchemy reports that COMMIT returned, even if nothing was committed."""
     evidence: Evidence | None = None
 
-    def __init__(self, safe: bool, on_durable: Callable[[], None] | None) -> None:
+    def __init__(self, on_durable: Callable[[], None]) -> None:
         self.participants: list[Participant] = []
-        self.safe = safe
-        self.watched = on_durable is not None
-        self.on_durable = on_durable or _nobody_asks
+        self.on_durable = on_durable
 
     def handle(self, event: Event) -> None:
         """Go on to the next state."""
@@ -63,16 +59,14 @@ class Transaction:
             for entry in entries():
                 entry.on_commit_of(self)
 
-    def join(self, connection: Connection) -> None:
+    def join(self, connection: Connection) -> Participant:
         if self.since is None:
             self.since = monotonic()
         participant = Participant(self, connection)
         self.participants.append(participant)
-        # What a safe request does in AUTOCOMMIT may be repeated, so nothing needs to be heard.
-        if self.watched and not (self.safe and participant.is_autocommit()):
-            participant.watch()
         self.handle(Event.JOINED)
         participant.refuse_if_inherited()
+        return participant
 
     def begin_sqlite(self) -> None:
         """Keep SQLite from committing when the outermost savepoint is released."""

@@ -44,7 +44,9 @@ def add(registry: Registry, name: str = "x") -> None:
     registry.execute(insert(Item).values(name=name))
 
 
-def calls_until_stale(registry: Registry, work: Work, method: str = "POST") -> int:
+def calls_until_stale(
+    registry: Registry, work: Work, method: str = "POST", reader: Engine | None = None
+) -> int:
     """How often a request is tried that meets a transient error after *work*."""
     calls: list[int] = []
 
@@ -53,7 +55,7 @@ def calls_until_stale(registry: Registry, work: Work, method: str = "POST") -> i
         work(registry)
         raise StaleDataError("again, please")
 
-    app = SessionMiddleware(text(b"", before=both), registry, attempts=3)
+    app = SessionMiddleware(text(b"", before=both), registry, attempts=3, reader=reader)
     with pytest.raises(StaleDataError):
         serve_once(app, environ(method))
     return len(calls)
@@ -133,6 +135,14 @@ def test_a_statement_in_autocommit_is_durable(method: str, calls: int, any_engin
     with plain_engine(any_engine) as plain:
         engine = plain.execution_options(isolation_level="AUTOCOMMIT")
         assert calls_until_stale(scoped_session(sessionmaker(engine)), add, method) == calls
+
+
+@pytest.mark.parametrize(("method", "calls"), [("POST", 1), ("GET", 3)])
+def test_a_statement_of_a_reader_is_repeated(method: str, calls: int, any_engine: Engine) -> None:
+    """What a safe method does on the reader is done again, since a reader refuses to write."""
+    registry: Registry = scoped_session(sessionmaker(any_engine))
+    with plain_engine(any_engine) as plain:
+        assert calls_until_stale(registry, commit_as_text, method, reader=plain) == calls
 
 
 def test_autocommit_by_execution_option(any_engine: Engine) -> None:
