@@ -150,7 +150,8 @@ class Attempt:
         """Run the application for its next chunk; settle when it has ended."""
         try:
             chunk = self.call.next()
-            self.warn_if_long()
+            if monotonic() - self.began > LONG_TRANSACTION:
+                self.warn_if_long()
             if chunk is END:
                 self.settle()
         except BaseException as error:

@@ -115,7 +115,9 @@ class Recorder:
         return lines
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self.readline, b"")
+        while self.left:
+            yield self.readline()
+        yield from map(self._keep, self.source)
 
     def _take(
         self,
