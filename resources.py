@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
-from sqlalchemy import Select, bindparam, func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session, scoped_session
 
 from models import MAX_ID, MAX_NAME, Item
@@ -168,7 +168,7 @@ class Items:
         return Count(min(count, MAX_COUNT), exact=count <= MAX_COUNT)
 
     def show(self, request: JSONRequest, id: int) -> ItemView:
-        row = self.session.execute(BY_ID, {"id": id}).first()
+        row = self.session.execute(ROWS.where(COLUMNS.id == id)).first()
         if row is None:
             raise HTTPError(404, "not found")
         return ItemView(*row)
@@ -197,9 +197,9 @@ class Items:
 
     def fetch(self, query: Selection, count: int) -> list[ItemView]:
         """Fetch the first *count* of the items."""
-        statement = matching(query, NEWEST if query.order == "newest" else OLDEST)
-        rows = self.session.execute(statement, {"count": count}).all()
-        return [ItemView(*row) for row in rows]
+        first = COLUMNS.id.desc() if query.order == "newest" else COLUMNS.id
+        statement = matching(query, ROWS).order_by(first).limit(count)
+        return [ItemView(*row) for row in self.session.execute(statement).all()]
 
     def batches(self, query: Selection, items: list[ItemView]) -> Iterator[list[ItemView]]:
         """Yield *items*, and then all that follow them."""
@@ -210,13 +210,8 @@ class Items:
             items = self.fetch(following(query, items[-1]), BATCH)
 
 
-# Rows of the table cost less than those of the class, and statements made once less than new ones.
-# What the ORM adds to a query of the class, such as with_loader_criteria(), is left out, too.
-COLUMNS = Item.__table__.c
-ITEMS = select(COLUMNS.id, COLUMNS.name)
-BY_ID = ITEMS.where(COLUMNS.id == bindparam("id"))
-OLDEST = ITEMS.order_by(COLUMNS.id).limit(bindparam("count"))
-NEWEST = ITEMS.order_by(COLUMNS.id.desc()).limit(bindparam("count"))
+COLUMNS = Item.__table__.c  # rows of the table cost less than those of the class
+ROWS = select(COLUMNS.id, COLUMNS.name)
 
 Statement = TypeVar("Statement", bound=Select[*tuple[Any, ...]])
 
