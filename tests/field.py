@@ -284,7 +284,12 @@ def left_open(engine: Engine) -> int:
 def open_at_the_end(engine: Engine) -> int:
     """Connections that stay in a transaction; one that is about to end does not count."""
     try:
-        databases.until(lambda: not left_open(engine), "transactions to end", seconds=10)
+        databases.until(
+            lambda: not left_open(engine),
+            "transactions to end",
+            seconds=10,
+            pause=databases.INNODB_PAUSE,
+        )
     except TimeoutError:
         return left_open(engine)
     return 0

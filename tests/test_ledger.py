@@ -18,7 +18,7 @@ from typing import get_args
 
 import pytest
 from clusters import GaleraCluster, PostgreSQLCluster
-from databases import Node, until
+from databases import INNODB_PAUSE, Node, until
 from ledger import (
     KEYED,
     THREADS,
@@ -96,7 +96,7 @@ def leave_nothing_open(service: Service, store: Store) -> list[Entry]:
     entries = []
     if not isinstance(store, SQLiteStore):
         entries = use_all_connections(service.port, store)
-    until(lambda: not store.open_work(), "all transactions to be over")
+    until(lambda: not store.open_work(), "all transactions to be over", pause=INNODB_PAUSE)
     until(lambda: store.connections() <= THREADS, "abandoned connections to be closed")
     assert service.stop() == 0
     until(lambda: not store.connections(), "all connections to be closed")
