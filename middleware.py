@@ -26,7 +26,7 @@ never used the session                         no statement, no connection
 A complete successful response means that COMMIT returned.  A list body is committed before any
 headers are sent.  A stream with a Content-Length holds back its last chunk until COMMIT returns;
 one of unknown length commits before it ends.  If COMMIT fails, the client gets a 500 or, if a
-part was sent already, a response that is visibly cut.
+part was sent already, a response that is cut; a few servers cannot cut one of unknown length.
 
 To follow a request through the code, begin at `SessionMiddleware.__call__` and go on to
 `sessionscope.attempt.Attempt.respond`.  The application is called in `sessionscope.application`,

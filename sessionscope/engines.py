@@ -84,8 +84,8 @@ def make_reader(url: str | URL, *, pool_size: int = 8) -> Engine | None:
     """Create a read-only engine for requests with safe methods.
 
     On a SQLite file its transactions do not wait for the writer
-    (https://www.sqlite.org/wal.html).  On a database server each statement is its own
-    transaction (AUTOCOMMIT), so a read costs one round trip.
+    (https://www.sqlite.org/wal.html).  On PostgreSQL, MariaDB and MySQL each statement is its own
+    transaction (AUTOCOMMIT), so a read costs one round trip.  Other databases are not supported.
 
     :param url: a SQLAlchemy URL, as for `make_engine`.
     :param pool_size: maximum number of connections.
