@@ -42,7 +42,12 @@ from typing import TYPE_CHECKING
 
 from sessionscope.attempt import SESSION_KEY, Attempt
 from sessionscope.callbacks import on_commit
-from sessionscope.errors import CommitOutcomeUnknown, TransactionDoomed, require
+from sessionscope.errors import (
+    CommitOutcomeUnknown,
+    TransactionDoomed,
+    require,
+    require_registry,
+)
 from sessionscope.events import prepare
 from sessionscope.outcome import Outcome
 from sessionscope.participants import binds_of
@@ -51,7 +56,6 @@ from sessionscope.response import is_success
 from sessionscope.stage import log, staged
 from sessionscope.unit_of_work import UnitOfWork, session_scope
 from sqlalchemy import Engine
-from sqlalchemy.orm import scoped_session
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -127,7 +131,7 @@ class SessionMiddleware:
         observer: Callable[[Outcome], object] | None = None,
     ) -> None:
         require(callable(app), "app", app, "a WSGI application")
-        require(isinstance(registry, scoped_session), "registry", registry, "a scoped_session")
+        require_registry(registry)
         require(callable(commit_when), "commit_when", commit_when, "callable")
         require(type(attempts) is int, "attempts", attempts, "an int")
         if attempts < 1:

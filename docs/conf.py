@@ -24,6 +24,7 @@ nitpick_ignore_regex = [
     ("any", r"sqlalchemy\.Table|timedelta"),
     ("py:exc", r"sqlalchemy\..*"),
     ("py:class", "Action|Callback|CommitWhen|Context|Headers|Registry"),  # names for types
+    ("py:class", r"sessionscope\.unit_of_work\.S"),  # a type variable
 ]
 
 html_theme = "furo"

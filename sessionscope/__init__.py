@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from middleware import (
+    from sessionscope.middleware import (
         CommitOutcomeUnknown,
         Outcome,
         SessionMiddleware,
@@ -45,3 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("sessionscope.middleware"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

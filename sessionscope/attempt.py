@@ -23,9 +23,8 @@ from sessionscope.unit_of_work import UnitOfWork, failure_of
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
+    from sessionscope.middleware import SessionMiddleware
     from sessionscope.replay import Replay
-
-    from middleware import SessionMiddleware
 
 SESSION_KEY = "sessionscope.session"
 
@@ -163,8 +162,7 @@ class Attempt:
         """End the transaction as *commit_when* decides: by COMMIT or ROLLBACK."""
         head, given = self.head, self.call.status_and_headers()
         try:
-            commit_when = self.middleware.commit_when
-            wanted = given is not None and commit_when(self.call.environ, *given)
+            wanted = given is not None and self.middleware.commit_when(self.call.environ, *given)
             if wanted and head is not None and head.may_be_refused():
                 self.call.send_head()
         except BaseException as error:

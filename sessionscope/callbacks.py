@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sessionscope.errors import require
 from sessionscope.guests import run_aside
 from sessionscope.stage import StagedRegistry, entries, log, staged
 from sessionscope.trackers import SessionTracker, tracker_of
@@ -37,8 +38,10 @@ def on_commit(session: Session | Registry, callback: Callback) -> None:
 
     :param session: a Session, or the registry that holds it.
     :param callback: called without arguments.
+    :raises TypeError: if *callback* cannot be called.
     :raises RuntimeError: if neither a SessionMiddleware nor a session_scope manages *session*.
     """
+    require(callable(callback), "callback", callback, "callable")
     add = None
     if isinstance(session, scoped_session):
         # In a callback the registry has another session, but the COMMIT meant is the request's.

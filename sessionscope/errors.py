@@ -6,6 +6,7 @@ docs/troubleshooting.md has a heading for each message.
 from __future__ import annotations
 
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import scoped_session
 
 
 class TransactionDoomed(SQLAlchemyError):
@@ -68,3 +69,11 @@ def require(condition: bool, name: str, given: object, wanted: str) -> None:
     """
     if not condition:
         raise TypeError(f"{name} must be {wanted}, not {given!r}")
+
+
+def require_registry(given: object) -> None:
+    """Check an argument that must be a registry.
+
+    :raises TypeError: if it is something else, such as a sessionmaker.
+    """
+    require(isinstance(given, scoped_session), "registry", given, "a scoped_session")

@@ -11,6 +11,7 @@ from time import sleep, time_ns
 from typing import TYPE_CHECKING, Any
 
 from sessionscope.databases import error_code, is_transient
+from sessionscope.errors import require
 from sessionscope.keyed import MAX_RESPONSE, in_progress
 from sessionscope.unit_of_work import session_scope
 from sqlalchemy import (
@@ -78,11 +79,10 @@ def purge(registry: Registry, table: Table, older_than: timedelta, batch: int = 
     :param table: the table that `idempotency_table` returned.
     :param older_than: the minimum age of the keys to delete.
     :param batch: maximum number of rows that one transaction deletes.
-    :raises TypeError: if *older_than* is not a `timedelta`.
+    :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if *older_than* is negative, or *batch* is below 1.
     """
-    if not isinstance(older_than, timedelta):
-        raise TypeError(f"older_than must be a timedelta, not {older_than!r}")
+    require(isinstance(older_than, timedelta), "older_than", older_than, "a timedelta")
     if older_than < timedelta(0) or batch < 1:
         raise ValueError("older_than must not be negative, and batch must be 1 or more")
     before = max(0, time_ns() - older_than // timedelta(microseconds=1) * 1000)

@@ -43,6 +43,7 @@ from contextlib import ExitStack, closing, contextmanager
 from threading import Condition, get_ident
 from typing import Any
 
+from sessionscope.errors import require_registry
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
@@ -69,8 +70,9 @@ def isolated(registry: scoped_session[Any]) -> Iterator[Connection]:
     :param registry: the ``scoped_session`` of the application and its SessionMiddleware.
     :returns: a context manager; ``as`` gives the connection of the ``bind`` or, without one, of
         the first of ``binds``.
-    :raises TypeError: if *registry* was not created with a ``sessionmaker``.
+    :raises TypeError: if *registry* is no ``scoped_session`` with a ``sessionmaker``.
     """
+    require_registry(registry)
     factory, sessions = registry.session_factory, registry.registry
     if not isinstance(factory, sessionmaker):
         raise TypeError(f"isolated() needs a registry with a sessionmaker, not {factory!r}")

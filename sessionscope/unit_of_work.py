@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sessionscope.events  # noqa: F401
 from sessionscope.callbacks import Callbacks
 from sessionscope.committing import CommittingSession
 from sessionscope.databases import is_transient
-from sessionscope.errors import swallowed
+from sessionscope.errors import require_registry, swallowed
 from sessionscope.participants import discard
 from sessionscope.stage import log, on_stage
 from sessionscope.states import State
 from sessionscope.trackers import close_quietly, has_changes
 from sessionscope.transactions import warn_of_autocommit
+from sqlalchemy.orm import Session, scoped_session
 
 if TYPE_CHECKING:
     from sessionscope.stage import Registry
     from sqlalchemy import Engine
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import SessionTransaction
+
+S = TypeVar("S", bound=Session)
 
 
 class UnitOfWork(CommittingSession):
@@ -195,7 +198,7 @@ class UnitOfWork(CommittingSession):
 
 
 @contextmanager
-def session_scope(registry: Registry) -> Iterator[Session]:
+def session_scope(registry: scoped_session[S]) -> Iterator[S]:
     """Run one unit of work without HTTP, in a script or a worker.
 
     While the block runs, *registry* returns a new session, even inside a request, whose session
@@ -204,15 +207,18 @@ def session_scope(registry: Registry) -> Iterator[Session]:
 
     :param registry: a ``scoped_session``.
     :returns: a context manager; ``as`` gives the session.
+    :raises TypeError: if *registry* is something else.
     :raises TransactionDoomed: if the block swallowed an error that undid its work, or closed
         the session while that held work.
     :raises CommitOutcomeUnknown: if the connection was lost during COMMIT.
     """
+    require_registry(registry)
     unit = UnitOfWork(registry)
+    session: Any = unit.session
     try:
         with on_stage(unit):
             try:
-                yield unit.session
+                yield session
             except BaseException as error:
                 unit.rollback(error)
                 raise

@@ -52,6 +52,15 @@ def test_callbacks_run_in_order_once_after_commit(
     assert ran == ["first sees ['durable']", "second"]
 
 
+def test_a_callback_that_cannot_be_called_is_refused(registry: Registry) -> None:
+    """The result of a call, instead of a function, is refused where it is registered."""
+    with (
+        session_scope(registry) as session,
+        pytest.raises(TypeError, match="callback must be callable, not None"),
+    ):
+        on_commit(session, print())  # type: ignore[arg-type]
+
+
 def test_callbacks_run_before_the_completing_byte_leaves(
     registry: Registry, ran: list[str]
 ) -> None:

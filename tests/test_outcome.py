@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sessionscope import SessionMiddleware, commit_on_success
+from sessionscope import SessionMiddleware, commit_on_success, session_scope
+from sessionscope.testing import isolated
 from sqlalchemy import Engine, event
 from sqlalchemy import text as sql
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -252,6 +253,14 @@ def test_wrong_arguments_are_refused_at_once(arguments: Any, options: Any, messa
     """An argument of another type is refused when the middleware is made."""
     with pytest.raises(TypeError, match=message):
         SessionMiddleware(*arguments, **options)
+
+
+@pytest.mark.parametrize("use", [session_scope, isolated])
+@pytest.mark.parametrize("wrong", [sessionmaker(), Session(), None], ids=type)
+def test_a_registry_of_another_type_is_refused(use: Any, wrong: Any) -> None:
+    """Nothing but a scoped_session is taken for a registry, and the message says so."""
+    with pytest.raises(TypeError, match="registry must be a scoped_session, not"), use(wrong):
+        pass
 
 
 def test_threads_have_sessions_of_their_own(registry: Registry, outside: Engine) -> None:

@@ -48,6 +48,13 @@ with engine.connect() as connection:
 engine.dispose()
 """
 
+WRONG_TYPES = """
+from sessionscope import SessionMiddleware, on_commit, session_scope
+SessionMiddleware("app", "registry")
+on_commit("registry", "callback")
+session_scope("registry")
+"""
+
 INSTALLED = """
 from importlib.metadata import distributions
 print(*(distribution.name.lower().replace("_", "-") for distribution in distributions()))
@@ -161,6 +168,14 @@ def test_installing_brings_sqlalchemy_alone(python: Path) -> None:
 def test_the_installed_library_wraps_an_app(python: Path) -> None:
     """An application wrapped in the installed middleware commits its 200 and not its 404."""
     assert run(python, WRAP_AN_APP) == "200 OK\n"
+
+
+def test_the_installed_library_has_types(python: Path, tmp_path: Path) -> None:
+    """mypy finds each wrong argument, where the wheel is installed."""
+    (tmp_path / "wrong.py").write_text(WRONG_TYPES, "utf-8")
+    mypy = [sys.executable, "-m", "mypy", "--python-executable", str(python), "wrong.py"]
+    found = subprocess.run(mypy, cwd=tmp_path, stdout=subprocess.PIPE, text=True).stdout
+    assert found.count("[arg-type]") == 5
 
 
 def test_pytest_finds_the_fixture(wheel: Path, tmp_path: Path) -> None:
