@@ -73,6 +73,9 @@ SQLITE = Errors(
 NODE_LOST = frozenset({1047, 1180})
 """A Galera node outside the primary component: its connections are of no use."""
 
+_LEGACY = -1
+"""``sqlite3.LEGACY_TRANSACTION_CONTROL`` (Python 3.12): the driver begins before a change."""
+
 REPEATS_EARLIER_ERROR = "25P02"
 """PostgreSQL: an earlier error has aborted the transaction."""
 
@@ -249,21 +252,27 @@ def is_aborted(connection: Connection, error: BaseException | None) -> bool:
     return False
 
 
+def is_sqlite_in_autocommit(driver: Any) -> bool:
+    """Return whether SQLite's driver leaves it to others to begin a transaction."""
+    return driver.isolation_level is None or getattr(driver, "autocommit", _LEGACY) is True
+
+
 def begin_sqlite(connection: Connection) -> None:
     """Send the BEGIN that SQLite's driver leaves out, so that RELEASE does not commit.
 
     https://www.sqlite.org/lang_savepoint.html.  In AUTOCOMMIT there must be none.
     """
     driver = driver_connection(connection)
-    if not driver.in_transaction and driver.isolation_level is not None:
+    if not driver.in_transaction and not is_sqlite_in_autocommit(driver):
         driver.execute("BEGIN")
 
 
 def begin_sqlite_again(connection: Connection) -> None:
     """Keep SQLite from committing each later statement of a lost transaction by itself."""
-    driver = driver_connection(connection)
-    if connection.dialect.name == "sqlite" and driver.isolation_level is None:
-        driver.execute("BEGIN")
+    if connection.dialect.name == "sqlite":
+        driver = driver_connection(connection)
+        if driver.isolation_level is None or getattr(driver, "autocommit", _LEGACY) != _LEGACY:
+            driver.execute("BEGIN")
 
 
 _READS = frozenset({"SELECT", "VALUES", "WITH", "EXPLAIN", "SHOW", "PRAGMA", "DESCRIBE"})

@@ -165,8 +165,6 @@ def _after_soft_rollback(session: Session, previous_transaction: SessionTransact
         return
     if previous_transaction.parent is None:
         tracker.on_rollback()
-    elif previous_transaction.nested:
-        tracker.transaction.on_savepoint_undone(previous_transaction)
 
 
 @event.listens_for(Session, "after_flush", insert=True)

@@ -49,7 +49,10 @@ _WATCHERS: dict[str, Callable[..., None]] = {
 
 
 def watch(engine: Engine) -> None:
-    """Listen to the statements and COMMITs of *engine* from now on."""
+    """Listen to the statements and COMMITs of *engine* from now on.
+
+    The listeners stay, which costs less than new ones for each request.
+    """
     if _after_cursor_execute not in engine.dispatch.after_cursor_execute:
         for name, listener in _WATCHERS.items():
             event.listen(engine, name, listener)
@@ -79,7 +82,7 @@ class Participant:
     pooled: Any = None
     """The pool's proxy of SQLite's driver; empty when that was returned or invalidated."""
     begun = False
-    """Whether SQLite's driver has been in a transaction at some check."""
+    """Whether the driver has been in a transaction at some check; SQLite's, or if it is watched."""
     changes = 0
     """Number of rows that SQLite's driver had changed when the transaction began."""
     in_autocommit: bool | None = None
@@ -93,7 +96,7 @@ class Participant:
             self.pooled = connection.connection
             driver = self.pooled.dbapi_connection
             self.begun, self.changes = driver.in_transaction, driver.total_changes
-            self.in_autocommit = not self.begun and driver.isolation_level is None
+            self.in_autocommit = not self.begun and databases.is_sqlite_in_autocommit(driver)
         # Weak, since the pool keeps it: a stream that is dropped without close() must be freed.
         # Another thread may have the connection already when this one leaves: so a set, whose
         # methods are atomic, as those of WeakSet are not.
@@ -123,10 +126,7 @@ class Participant:
                 del error  # whose traceback leads back to here
 
     def watch(self) -> None:
-        """Inspect each statement and COMMIT: it may make work durable.
-
-        The engine's listeners stay, which costs less than new ones for each request.
-        """
+        """Inspect each statement and COMMIT: it may make work durable."""
         self.watched = True
         watch(self.connection.engine)
 
@@ -184,11 +184,9 @@ class Participant:
         SQLAlchemy removes a transaction from its connection if COMMIT returns, and leaves it
         there, inactive, if COMMIT raises.
         """
-        connection, own = self.connection, self.transaction
-        return own not in (
-            connection.get_nested_transaction(),
-            connection.get_transaction(),
-        )
+        connection = self.connection
+        present = connection.get_nested_transaction(), connection.get_transaction()
+        return self.transaction not in present
 
     def on_committed(self) -> None:
         """Handle a COMMIT: all transactions on the same connection of the driver are committed.
@@ -218,11 +216,25 @@ class Participant:
             driver.rollback()
 
     def on_statement(self, statement: str) -> None:
-        had_work = self.begun or self.has_written()
         self.owner.on_statement(statement)
-        autocommit = self.is_autocommit()
+        if not (self.begun or self.pooled or databases.is_read(statement)):
+            driver = databases.driver_connection(self.connection)
+            self.begun = databases.is_in_transaction(driver, unknown=False)
+        autocommit, had_work = self.is_autocommit(), self.had_work()
         if autocommit or databases.may_have_committed(self.connection, statement, had_work):
             self.owner.on_durable()
+
+    def had_work(self) -> bool:
+        """Return whether the driver was in a transaction, or has changed rows."""
+        return self.begun or self.has_written()
+
+    def is_ended_by_driver(self) -> bool:
+        """Return whether the driver's own ``commit()`` may have ended the transaction."""
+        lost = self.aborted or self.connection.invalidated or self.connection.closed
+        if lost or self.is_touched() or not (self.watched and self.had_work()):
+            return False
+        driver = databases.driver_connection(self.connection)
+        return not databases.is_in_transaction(driver, unknown=True)
 
     def on_commit(self, *_details: object) -> None:
         if self.owner.state is State.COMMITTING:
@@ -240,10 +252,10 @@ class Participant:
         if self.watched and databases.may_be_durable(context, self.is_autocommit()):
             owner.on_durable()
         owner.note_error(error)
-        self.error = self.error or error
+        if context.is_disconnect or databases.error_code(error) is not None:
+            self.error = self.error or error
         if not (self.aborted or context.is_disconnect or self.is_autocommit()):
-            had_work = self.begun or self.has_written()
-            self.aborted = databases.aborts_transaction(connection, error, had_work)
+            self.aborted = databases.aborts_transaction(connection, error, self.had_work())
             if self.aborted:
                 owner.note_error(error, final=True)
                 databases.begin_sqlite_again(connection)

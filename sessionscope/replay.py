@@ -107,7 +107,7 @@ class Recorder:
 
     def readlines(self, hint: int | None = -1) -> list[bytes]:
         lines, size = [], 0
-        for line in self:
+        for line in iter(self.readline, b""):
             lines.append(line)
             size += len(line)
             if hint is not None and 0 < hint <= size:

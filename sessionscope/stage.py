@@ -240,9 +240,7 @@ def caller() -> str:
     """Return file and line of the code that called into SQLAlchemy or into this library."""
     passed = ("sessionscope", "sqlalchemy", "contextlib")
     frames = (frame for frame, _ in walk_stack(currentframe()))
-    found = next(
-        frame
-        for frame in frames
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in passed
-    )
-    return f"{found.f_code.co_filename}:{found.f_lineno}"
+    for frame in frames:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in passed:
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "a thread or greenlet"  # that runs a method of the session, and nothing else

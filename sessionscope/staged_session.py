@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sessionscope.errors import TransactionDoomed, closed_after_reading, closed_with_work
 from sessionscope.guests import Seat
+from sessionscope.participants import binds_of
 from sessionscope.stage import caller, entries, log, staged
 from sessionscope.states import Event, State
 from sessionscope.trackers import SessionTracker, has_changes
@@ -67,8 +68,10 @@ class StagedSession(SessionTracker):
         self.seat = Seat()
 
     def may_be_repeated(self, participant: Participant) -> bool:
-        # A reader has only safe requests, and refuses to write.
-        return participant.connection.engine is self.reader or super().may_be_repeated(participant)
+        engine = participant.connection.engine
+        if engine is self.reader and engine not in binds_of(self.registry):
+            return True  # it has only safe requests, and refuses to write
+        return super().may_be_repeated(participant)
 
     def show(self) -> Session:
         if self.scope is None or not self.session.in_transaction():
@@ -102,8 +105,8 @@ class StagedSession(SessionTracker):
             return
         self.scope = None
         if self.has_failed():
-            transaction.handle(Event.REMOVED)
             self.session.rollback()
+            transaction.handle(Event.REMOVED)
         elif transaction.has_begun() or has_changes(self.session):
             self.removed_at = caller()
 

@@ -90,9 +90,11 @@ class SessionTracker:
 
     def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
         """Handle a RELEASE: the work of *savepoint* belongs to the transaction around it."""
+        self.transaction.on_savepoint_released(savepoint)
 
     def on_savepoint_ended(self, savepoint: SessionTransaction) -> None:
         """Handle the end of *savepoint*, by RELEASE, rollback or close."""
+        self.transaction.on_savepoint_ended(savepoint)
 
     def on_flush(self) -> None:
         self.transaction.wrote = True

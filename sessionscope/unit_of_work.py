@@ -95,6 +95,9 @@ class UnitOfWork(CommittingSession):
             return
         if transaction.wrote or not self.safe:
             warn_of_autocommit(transaction)
+        active = transaction.participants if transaction.state is State.ACTIVE else ()
+        if any(participant.is_ended_by_driver() for participant in active):
+            self.on_made_durable()
         self.session.rollback()
 
     @contextmanager
@@ -178,10 +181,12 @@ class UnitOfWork(CommittingSession):
             self.callbacks.run(due, self.stage, self.registry.session_factory)
 
     def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
+        super().on_savepoint_released(savepoint)
         if self.callbacks is not None:
             self.callbacks.on_savepoint_released(savepoint)
 
     def on_savepoint_ended(self, savepoint: SessionTransaction) -> None:
+        super().on_savepoint_ended(savepoint)
         if self.callbacks is not None:
             self.callbacks.on_savepoint_ended(savepoint)
 

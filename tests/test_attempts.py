@@ -748,6 +748,27 @@ def test_the_body_is_read_again_from_its_beginning(
     assert got[1] == second(kind(content))
 
 
+class Blocks(Unseekable):
+    """An input that iterates over blocks, as eventlet's does."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.read, b"")
+
+
+def test_lines_are_lines_whatever_the_server_iterates_over(rival: Callable[..., Rival]) -> None:
+    """readlines() has lines, at each attempt."""
+    busy = rival(1)
+    got: list[list[bytes]] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        got.append(environ["wsgi.input"].readlines())
+        return text(b"", before=busy.work)(environ, start_response)
+
+    request = {**environ("POST"), "wsgi.input": Blocks(LINES)}
+    serve_once(SessionMiddleware(app, busy.registry, attempts=2), request)
+    assert got == [LINES.splitlines(keepends=True)] * 2
+
+
 def test_a_body_already_begun_is_rewound_to_where_it_was(rival: Callable[..., Rival]) -> None:
     """An input that was partly read before it came to us is replayed from there."""
     busy = rival(1)

@@ -136,6 +136,22 @@ def test_postgresql_an_older_savepoint_makes_it_sound(
     assert names(postgresql) == ["kept", "too"]
 
 
+def test_postgresql_a_commit_as_text_after_a_savepoint_is_kept(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """An error that a savepoint took back says nothing about a transaction that is over."""
+
+    def work() -> None:
+        add(pg_registry, "kept")
+        savepoint = pg_registry.begin_nested()
+        fail(pg_registry)
+        savepoint.rollback()
+        pg_registry.execute(sql("COMMIT"))
+
+    post(work, pg_registry)
+    assert names(postgresql) == ["kept"]
+
+
 def test_postgresql_a_failed_flush_is_no_success(postgresql: Engine, pg_registry: Registry) -> None:
     """A flush that failed and was swallowed is doomed, with its error as the cause."""
 

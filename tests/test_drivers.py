@@ -18,7 +18,7 @@ from sessionscope.engines import make_engine, make_reader
 from sqlalchemy import Engine, delete, insert, make_url, select, update
 from sqlalchemy import text as sql
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 from support import PATIENCE, drop_tables, make_tables, names, refuse_commit
@@ -532,6 +532,20 @@ def test_mariadb_ddl_is_not_done_again(engine: Engine) -> None:
     """What MariaDB commits by itself is not repeated."""
     ddl: Any = sql("TRUNCATE TABLE items")
     assert calls_until_stale(engine, lambda session, _: session.execute(ddl)) == 1
+
+
+@pytest.mark.parametrize("then", [adds("kept"), lambda session, attempt: None])
+def test_an_error_that_never_reached_the_server_dooms_nothing(
+    then: Work, engine: Engine, outside: Engine
+) -> None:
+    """A statement that lacks a parameter undoes nothing, also as the first of a request."""
+
+    def work(session: Session, attempt: int) -> None:
+        with pytest.raises(StatementError, match="A value is required for bind parameter"):
+            session.execute(sql("SELECT :missing"))
+        then(session, attempt)
+
+    assert Request(engine, work).send().content == b"fine"
 
 
 @pytest.mark.parametrize("of", ["the engine", "the connection"])

@@ -9,11 +9,12 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
 import pytest
+from greenlet import greenlet
 from sessionscope import (
     Outcome,
     SessionMiddleware,
@@ -56,6 +57,54 @@ def undo_everything(registry: Registry) -> None:
 def taken(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(insert(Item).values(id=1, name="taken"))
+
+
+# What the application closes.
+
+
+def test_a_session_closed_in_a_greenlet_of_its_own_is_no_success(
+    registry: Registry, outside: Engine
+) -> None:
+    """A greenlet that runs close() and nothing else has no line to be named, but loses work."""
+
+    def work() -> None:
+        add(registry)
+        greenlet(registry().close).switch()
+
+    with pytest.raises(TransactionDoomed, match="a thread or greenlet closed the session"):
+        post(work, registry)
+    assert names(outside) == []
+
+
+def close_the_registry(registry: Registry) -> None:
+    with suppress(IntegrityError):
+        registry.add(Item(id=1, name="twice"))
+        registry.flush()
+    registry.close()
+
+
+def leave_a_with_block(registry: Registry) -> None:
+    with suppress(IntegrityError), registry() as session:
+        session.add(Item(id=1, name="twice"))
+        session.commit()
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("close", [close_the_registry, leave_a_with_block])
+def test_a_session_closed_after_an_error(
+    close: Callable[[Registry], None], registry: Registry, outside: Engine
+) -> None:
+    """It has swallowed the error, unless it is used again: what follows is committed."""
+    with pytest.raises(TransactionDoomed, match="a database error was swallowed") as caught:
+        post(lambda: close(registry), registry)
+    assert isinstance(caught.value.__cause__, IntegrityError)
+
+    def go_on() -> None:
+        close(registry)
+        add(registry, "kept")
+
+    post(go_on, registry)
+    assert names(outside) == ["taken", "kept"]
 
 
 # What the application commits itself.
@@ -504,6 +553,27 @@ def test_autocommit_has_no_transaction_to_lose(sqlite_url: str, engine: Engine) 
     post(work, registry)
     assert names(engine) == ["kept"]
     auto.dispose()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sqlite3 has no autocommit before 3.12")
+@pytest.mark.parametrize(("autocommit", "kept"), [(True, ["first", "last"]), (False, [])])
+def test_sqlite_begins_as_its_driver_is_told(
+    autocommit: bool, kept: list[str], sqlite_url: str, engine: Engine
+) -> None:
+    """In the driver's own AUTOCOMMIT no error undoes other work; without it, all is undone."""
+    plain = create_engine(sqlite_url, connect_args={"autocommit": autocommit})
+    registry: Registry = scoped_session(sessionmaker(plain))
+
+    def work() -> None:
+        registry.execute(insert(Item).values(id=7, name="first"))
+        with suppress(IntegrityError):
+            registry.execute(insert(Item).prefix_with("OR ROLLBACK").values(id=7))
+        registry.execute(insert(Item).values(name="last"))
+
+    with nullcontext() if kept else pytest.raises(TransactionDoomed):
+        post(work, registry)
+    assert names(engine) == kept
+    plain.dispose()
 
 
 def test_two_units_on_one_connection_both_learn_of_an_error(engine: Engine, taken: None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ def connection_commit(registry: Registry) -> None:
     registry.connection().commit()
 
 
+def driver_commit(registry: Registry) -> None:
+    add(registry)
+    registry.connection().connection.commit()
+
+
 def commit_as_text(registry: Registry) -> None:
     add(registry)
     registry.execute(sql("COMMIT"))
@@ -103,6 +108,7 @@ COMMITS = {
     work.__name__: work
     for work in (
         connection_commit,
+        driver_commit,
         commit_as_text,
         commit_as_text_and_go_on,
         session_commit,
@@ -143,6 +149,12 @@ def test_a_statement_of_a_reader_is_repeated(method: str, calls: int, any_engine
     registry: Registry = scoped_session(sessionmaker(any_engine))
     with plain_engine(any_engine) as plain:
         assert calls_until_stale(registry, commit_as_text, method, reader=plain) == calls
+
+
+def test_a_reader_that_is_also_the_writer_is_none(any_engine: Engine) -> None:
+    """Where reading and writing have one engine, a COMMIT of a safe method counts."""
+    registry: Registry = scoped_session(sessionmaker(any_engine))
+    assert calls_until_stale(registry, commit_as_text, "GET", reader=any_engine) == 1
 
 
 def test_autocommit_by_execution_option(any_engine: Engine) -> None:
@@ -564,15 +576,18 @@ def test_an_error_that_a_savepoint_took_back_hides_no_other(
     assert (len(calls), names(outside)) == (3, ["kept"])
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 def test_an_error_that_a_savepoint_took_back_is_over_when_the_view_goes_on(
-    registry: Registry,
+    depth: int, registry: Registry
 ) -> None:
     """A view that goes on after a conflict in a savepoint, and fails on purpose: one call."""
     calls: list[int] = []
 
     def work() -> None:
         calls.append(1)
-        with suppress(StaleDataError), registry.begin_nested(), registry.begin_nested():
+        with suppress(StaleDataError), ExitStack() as savepoints:
+            for _ in range(depth):
+                savepoints.enter_context(registry.begin_nested())
             make_stale(registry)
         add(registry)
 
