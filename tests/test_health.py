@@ -16,8 +16,11 @@ from web.router import Router
 
 
 def application(probe: Callable[[], object], patience: float = PATIENCE) -> Router:
+    return application_of(Health(probe, patience))
+
+
+def application_of(health: Health) -> Router:
     router = Router()
-    health = Health(probe, patience)
     router.add("GET", "/livez", health.live)
     router.add("GET", "/readyz", health.ready)
     return router
@@ -107,6 +110,7 @@ def test_a_database_that_hangs_is_asked_once(probe: Probe) -> None:
     app = application(probe, patience=0.01)
     for _ in range(5):
         assert ask(app).status == "503 Service Unavailable"
+    assert probe.began.acquire(timeout=PATIENCE)
     assert probe.calls == 1
 
 
@@ -122,11 +126,12 @@ def test_who_asks_meanwhile_is_answered(probe: Probe) -> None:
 
 def test_a_database_that_comes_back_is_well(probe: Probe) -> None:
     """When a probe that hung has returned, the next who asks begins a new one."""
-    app = application(probe, patience=0.05)
+    health = Health(probe, patience=0.05)
+    app = application_of(health)
     assert ask(app).status == "503 Service Unavailable"
-    probe.released.set()
     (thread,) = (each for each in threading.enumerate() if each.name == "health")
+    probe.released.set()
     thread.join(PATIENCE)
-    calls = probe.calls
+    calls, health.patience = probe.calls, PATIENCE
     assert ask(app).content == b'{"status": "ok"}\n'
     assert probe.calls == calls + 1
