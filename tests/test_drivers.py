@@ -252,6 +252,7 @@ def lose_a_deadlock(session: Session, outside: Engine) -> None:
         other.execute(insert(Item), [{"name": "other"} for _ in range(50)])
         add_one(other, 2)  # type: ignore[arg-type]
         if outside.dialect.name == "postgresql":
+            other.execute(sql("SET LOCAL deadlock_timeout = '1h'"))
             session.execute(sql("SET LOCAL deadlock_timeout = '10ms'"))
         add_one(session, 1)
         waiting = threading.Thread(target=add_one, args=(other, 1), daemon=True)
