@@ -408,6 +408,18 @@ def store_of(node: Node) -> ServerStore:
     return MariaDBStore(node) if isinstance(node, MariaDB) else PostgreSQLStore(lambda: node)
 
 
+def rows_everywhere(store: Store) -> Rows:
+    """The items, when all servers of *store* have the same: one may be behind for a moment."""
+    rows: list[Rows] = []
+
+    def same() -> bool:
+        rows[:] = store.rows()
+        return all(each == rows[0] for each in rows)
+
+    until(same, "all servers to have the same")
+    return rows[0]
+
+
 def kill_processes(node: Node, pids: Iterable[int]) -> None:
     """SIGKILL processes of PostgreSQL, which then ends all others and recovers; wait for that."""
     before = last_checkpoint(node)

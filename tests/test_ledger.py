@@ -33,6 +33,7 @@ from ledger import (
     audit,
     kill_processes,
     play,
+    rows_everywhere,
     use_all_connections,
 )
 from links import Cut, Link, linked
@@ -67,11 +68,10 @@ def keep(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> 
                 injected = play(load, faults, SEED, seconds)
             took, entries = time.monotonic() - began, load.entries
             entries += leave_nothing_open(service, store)
-        rows = store.rows()
-        until(lambda: store.rows() == rows[:1] * len(rows), "all servers to have the same")
+        rows = rows_everywhere(store)
         once = {entry.name for entry in load.keyed_entries}
-        balance = audit(entries, [row for row in rows[0] if row[1] not in once])
-        keyed = audit(load.keyed_entries, [row for row in rows[0] if row[1] in once])
+        balance = audit(entries, [row for row in rows if row[1] not in once])
+        keyed = audit(load.keyed_entries, [row for row in rows if row[1] in once])
         answers = Counter(entry.answer for entry in entries)
         repeated = sum(load.answers.values(), Counter[str]())
         with capsys.disabled():
