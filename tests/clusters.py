@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from databases import (
@@ -310,13 +310,16 @@ class GaleraCluster:
         For a moment they believe that a node that was killed is still there, and that one that
         was paused has missed nothing; a statement fails when they find out during it.
         """
+        until(self._is_settled, "the nodes that run to be one cluster")
 
-        def is_settled() -> bool:
-            running = [node for node in self.nodes if node.running]
-            whole = {**READY, "wsrep_cluster_size": str(len(running))}
+    def _is_settled(self) -> bool:
+        running = [node for node in self.nodes if node.running]
+        whole = {**READY, "wsrep_cluster_size": str(len(running))}
+        with suppress(SQLAlchemyError):
+            for node in running:  # all have to answer to what one writes, or are found out
+                node.execute("CREATE DATABASE IF NOT EXISTS settled")
             return all(whole.items() <= node.status().items() for node in running)
-
-        until(is_settled, "the nodes that run to be one cluster")
+        return False
 
     def _has_majority(self) -> bool:
         running = [node for node in self.nodes if node.running]
