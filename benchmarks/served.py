@@ -77,17 +77,14 @@ def durable_postgresql() -> Iterator[MakeURL]:
 @contextmanager
 def serving(name: str, url: str, threads: int) -> Iterator[int]:
     """Run a server in a process of its own; its port."""
-    port = free_port()
-    command = [sys.executable, __file__, name, url, str(port), str(threads)]
-    if name not in SERVICES:
-        options = ["--interface=wsgi", "--no-ws", "--factory", f"--blocking-threads={threads}"]
-        granian = [sys.executable, "-m", "granian", *options, f"--port={port}"]
-        command = ["env", f"DATABASE_URL={url}", *granian, "serve:create_app"]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running(command, user=None, folder=Path(folder), port=port),
-    ):
-        yield port
+    with free_port() as port, tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, name, url, str(port), str(threads)]
+        if name not in SERVICES:
+            options = ["--interface=wsgi", "--no-ws", "--factory", f"--blocking-threads={threads}"]
+            granian = [sys.executable, "-m", "granian", *options, f"--port={port}"]
+            command = ["env", f"DATABASE_URL={url}", *granian, "serve:create_app"]
+        with running(command, user=None, folder=Path(folder), port=port):
+            yield port
 
 
 def load(wrk: str, port: int, request: str) -> tuple[float, float, int]:

@@ -40,11 +40,20 @@ class Missing(Exception):
     """A program is not on this machine; the message says what was left out for it."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextmanager
+def free_port() -> Iterator[int]:
+    """A port that stays free for its server while the block lasts, also while that one is down.
+
+    Linux lets a server listen where another socket is only bound, when both say SO_REUSEADDR
+    (socket(7)); no client is given the port as its own, and nobody else.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port: int = holder.getsockname()[1]
+        if sys.platform != "linux":
+            holder.close()
+        yield port
 
 
 def find(program: str, *folders: Path) -> str:
@@ -132,20 +141,8 @@ class Place:
             shutil.chown(folder, self.user)
 
     def port(self) -> int:
-        """A port that stays free for its server, also while that one is down.
-
-        Linux lets a server listen where another socket is only bound, when both say
-        SO_REUSEADDR (socket(7)); no client is given the port as its own, and nobody else.
-        """
-        holder = socket.socket()
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
-        port: int = holder.getsockname()[1]
-        if sys.platform == "linux":
-            self.held.enter_context(holder)
-        else:
-            holder.close()
-        return port
+        """A port that stays free for its server."""
+        return self.held.enter_context(free_port())
 
     @property
     def options(self) -> dict[str, Any]:

@@ -314,8 +314,7 @@ def play(cell: Cell, url: str, folder: Path) -> Report:
 
     :raises OSError: where a server does not answer at all.
     """
-    port = databases.free_port()
-    with tables(url) as engine:
+    with tables(url) as engine, databases.free_port() as port:
         with databases.running(command(cell, url, port), user=None, folder=folder, port=port):
             sent = load(port, cell)
             left = open_at_the_end(engine)

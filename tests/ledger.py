@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sqlite3
 import threading
 import time
@@ -26,7 +25,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from databases import MariaDB, Node, until
+from databases import MariaDB, Node, free_port, until
 from processes import Process, serve
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -178,10 +177,8 @@ class Service:
 
     def __init__(self, *arguments: str) -> None:
         # A client who finds nobody at a port that is not held may be given it as its own.
-        self.holder = socket.socket()
-        self.holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.holder.bind(("127.0.0.1", 0))
-        self.port: int = self.holder.getsockname()[1]
+        self.held = ExitStack()
+        self.port = self.held.enter_context(free_port())
         own = {"--listen": f"127.0.0.1:{self.port}", "--threads": THREADS, "--log-level": "info"}
         self.arguments = [*arguments, *(str(word) for option in own.items() for word in option)]
 
@@ -191,7 +188,7 @@ class Service:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stack.close()
-        self.holder.close()
+        self.held.close()
 
     def _start(self) -> None:
         self.stack = ExitStack()

@@ -152,11 +152,11 @@ class Toll:
 @contextmanager
 def workers(urls: list[str], folder: Path, keyed: bool) -> Iterator[tuple[int, int]]:
     """Serve from three processes that are replaced when they die; port and pid."""
-    port = databases.free_port()
-    gunicorn = ["-m", "gunicorn", "--preload", "--bind", f"127.0.0.1:{port}", "once_app"]
-    several = ["--workers", "3", "--threads", "4"]
-    with once.served(*gunicorn, *several, urls=urls, port=port, folder=folder, keyed=keyed) as pid:
-        yield port, pid
+    gunicorn = ["-m", "gunicorn", "--preload", "--workers", "3", "--threads", "4", "once_app"]
+    with databases.free_port() as port:
+        command = [*gunicorn, "--bind", f"127.0.0.1:{port}"]
+        with once.served(*command, urls=urls, port=port, folder=folder, keyed=keyed) as pid:
+            yield port, pid
 
 
 @contextmanager

@@ -85,9 +85,8 @@ def test_the_backup_is_whole(sqlite_url: str, tmp_path: Path) -> None:
 
 
 @contextmanager
-def nginx(block: str, service: Process, folder: Path) -> Iterator[int]:
+def nginx(block: str, service: Process, folder: Path, port: int) -> Iterator[None]:
     """Run nginx with a block of the page in front of the service."""
-    port = free_port()
     site = block.replace("listen 80;", f"listen 127.0.0.1:{port};")
     site = site.replace("127.0.0.1:8080", f"127.0.0.1:{service.port}")
     paths = "".join(
@@ -103,7 +102,7 @@ def nginx(block: str, service: Process, folder: Path) -> Iterator[int]:
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         wait_for_port(process, port, log)
-        yield port
+        yield
     finally:
         process.terminate()
         process.wait(PATIENCE)
@@ -115,7 +114,8 @@ def test_it_serves_behind_nginx(number: int, prefix: str, tmp_path: Path) -> Non
     url = f"sqlite:///{tmp_path}/items.db"
     with (
         serve("--database-url", url, "--trusted-proxy", "127.0.0.1") as service,
-        nginx(blocks("nginx")[number], service, tmp_path) as port,
+        free_port() as port,
+        nginx(blocks("nginx")[number], service, tmp_path, port),
     ):
 
         def ask(method: str, path: str, **headers: str) -> tuple[int, dict[str, str], Any]:

@@ -139,29 +139,30 @@ class Service:
 def running(command: str, folder: Path, **more: str) -> Iterator[Service]:
     """Run a command in a folder that has a copy of the examples; interrupted, it ends well."""
     shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    port, log = free_port(), folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["env", *shlex.split(command.replace("8080", str(port)))],
-            cwd=folder,
-            env=environment(port, **more),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # A shell may have started us with interrupts ignored, which is inherited.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    try:
-        wait_for_port(process, port, log)
-        service = Service(port, folder, log)
-        service.ask()  # gunicorn listens before it has an application
-        yield service
-    finally:
-        process.send_signal(signal.SIGINT)
+    log = folder / "log"
+    with free_port() as port:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["env", *shlex.split(command.replace("8080", str(port)))],
+                cwd=folder,
+                env=environment(port, **more),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # A shell may have started us with interrupts ignored, which is inherited.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
         try:
-            process.wait(PATIENCE)
+            wait_for_port(process, port, log)
+            service = Service(port, folder, log)
+            service.ask()  # gunicorn listens before it has an application
+            yield service
         finally:
-            process.kill()
-    assert process.returncode == 0, log.read_text("utf-8")
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(PATIENCE)
+            finally:
+                process.kill()
+        assert process.returncode == 0, log.read_text("utf-8")
 
 
 @pytest.fixture(scope="module")

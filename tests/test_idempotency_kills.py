@@ -59,7 +59,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         @cache
         def start(url: str) -> Site:
             engine = stack.enter_context(tables(url))
-            port, folder = free_port(), tmp_path_factory.mktemp("server")
+            port, folder = stack.enter_context(free_port()), tmp_path_factory.mktemp("server")
             gunicorn = ["-m", "gunicorn", "--preload", "--bind", f"127.0.0.1:{port}", "once_app"]
             stack.enter_context(served(*gunicorn, urls=[url], port=port, folder=folder))
             return Site(port, engine)

@@ -32,7 +32,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 
         @cache
         def start(name: str) -> Site:
-            port, folder = free_port(), tmp_path_factory.mktemp(name)
+            port, folder = stack.enter_context(free_port()), tmp_path_factory.mktemp(name)
             url = f"sqlite:///{folder}/items.db"
             engine = stack.enter_context(tables(url))
             arguments = shlex.split(SERVERS[name].format(port=port))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import processes
 import pytest
+from databases import free_port
 from sessionscope import CommitOutcomeUnknown, __version__
 from sqlalchemy import Engine, delete, insert, select, update
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -763,9 +764,12 @@ def test_a_failure_has_an_id(visit: Visit) -> None:
 
 def test_a_service_that_is_down_is_waited_for(browser: Browser, sqlite_url: str) -> None:
     """While the service is down the page says so; when it is back all is done that was asked."""
-    with processes.serve("--database-url", sqlite_url) as server:
-        url = f"http://127.0.0.1:{server.port}/"
-        with visiting(browser, url, allowed=["ERR_CONNECTION"]) as visitor:
+    with free_port() as port:
+        command = ["--database-url", sqlite_url, "--listen", f"127.0.0.1:{port}"]
+        with (
+            processes.serve(*command) as server,
+            visiting(browser, f"http://127.0.0.1:{port}/", allowed=["ERR_CONNECTION"]) as visitor,
+        ):
             visitor.add("lamp")
             visitor.sees("lamp")
             server.process.kill()
@@ -774,8 +778,7 @@ def test_a_service_that_is_down_is_waited_for(browser: Browser, sqlite_url: str)
             expect(visitor.trouble).to_have_text(NO_RESPONSE)
             visitor.add("chair")
             visitor.button("Refresh").click()
-            options = ["--database-url", sqlite_url, "--listen", f"127.0.0.1:{server.port}"]
-            with processes.serve(*options):
+            with processes.serve(*command):
                 visitor.sees("torch", "chair")
                 expect(visitor.trouble).to_be_empty()
                 visitor.is_told()

@@ -279,8 +279,10 @@ def test_a_wrong_variable_is_told(
 @pytest.mark.parametrize("given", ["{port}", ":{port}", "127.0.0.1:{port}", "localhost:{port}"])
 def test_where_to_listen_can_be_said_in_many_ways(given: str) -> None:
     """A port alone, or after a colon, is one of loopback."""
-    port = free_port()
-    with serve("--database-url", "sqlite://", "--listen", given.format(port=port)) as server:
+    with (
+        free_port() as port,
+        serve("--database-url", "sqlite://", "--listen", given.format(port=port)) as server,
+    ):
         assert server.port == port
         assert send(server, "GET", "/livez")[0] == 200
 

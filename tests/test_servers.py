@@ -107,8 +107,10 @@ def command(name: str, port: int) -> list[str]:
 
 @contextmanager
 def subprocess_server(name: str, folder: Path) -> Iterator[int]:
-    port = databases.free_port()
-    with databases.running(command(name, port), user=None, folder=folder, port=port):
+    with (
+        databases.free_port() as port,
+        databases.running(command(name, port), user=None, folder=folder, port=port),
+    ):
         yield port
 
 
