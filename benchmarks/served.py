@@ -60,7 +60,8 @@ def rows_on(engine: str, make_url: MakeURL, wrk: str) -> Iterator[tuple[str, ...
 def durable_postgresql() -> Iterator[MakeURL]:
     """A server that writes to the disk before it says so, and a database for each name."""
     with place_for("postgres") as place:
-        node = PostgreSQL(postgresql_programs(place.folder), place, {"fsync": "on"})
+        usual = {"fsync": "on", "checkpoint_timeout": "5min", "autovacuum": "on"}
+        node = PostgreSQL(postgresql_programs(place.folder), place, usual)
 
         def make_url(database: str) -> str:
             node.execute(f"CREATE DATABASE {database}")
