@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conflicts import meanwhile
+from databases import until
 from keyed_service import (
     Held,
     Rivals,
@@ -393,12 +394,13 @@ def test_many_keys_at_once(services: Callable[[], Service]) -> None:
     service, other = services(), services()
     old = [f"old-{n}" for n in range(10)]
     firsts = [service.post(key) for key in old]
-    stop = threading.Event()
+    begun, stop = threading.Event(), threading.Event()
 
     def purge_all() -> int:
         total = 0
         while not stop.is_set():
             total += purge(other.registry, keys, timedelta(0), batch=2)
+            begun.set()
         return total
 
     def new(number: int) -> int:
@@ -406,6 +408,7 @@ def test_many_keys_at_once(services: Callable[[], Service]) -> None:
 
     with ThreadPoolExecutor(6) as threads:
         purging = threads.submit(purge_all)
+        until(lambda: begun.is_set() or purging.done(), "the purge to begin")
         answers = [*threads.map(new, range(60)), *(code(service.post(key)) for key in old)]
         stop.set()
         assert purging.result(PATIENCE) > 0
