@@ -257,6 +257,7 @@ def test_a_galera_cluster_without_majority_is_healed(galera_cluster: GaleraClust
     first, second, third = galera_cluster.nodes
     with table(lambda: third, galera_cluster.nodes):
         add(first, 1)
+        until(lambda: numbers(third) == [1], "the row")
         first.kill()
         second.kill()
         until(lambda: not third.is_ready(), "the survivor to notice")
