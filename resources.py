@@ -203,8 +203,8 @@ class Items:
 
     def batches(self, query: Selection, items: list[ItemView]) -> Iterator[list[ItemView]]:
         """Yield *items*, and then all that follow them."""
-        # By key rather than from one cursor: no transaction stays open while a slow client reads,
-        # and nothing is left to fetch when it disconnects.
+        # By key rather than from one cursor: nothing is left to fetch when a client disconnects,
+        # and on a database server no transaction is open while it reads.
         while items:
             yield items
             items = self.fetch(following(query, items[-1]), BATCH)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import http.client
 import inspect
 import json
+import socket
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 import waitress
 from attack import Connection, request
 from databases import until
 from processes import Process, serve
-from support import PATIENCE
+from sessionscope.engines import make_engine
+from sqlalchemy import insert
+from support import PATIENCE, fetch
 from waitress import channel, parser, server, task
 
+from models import Item
+from web.database import create_tables
 from web.waitress_server import DISCARDED
 
 LONG = 4 * 2**20
@@ -127,11 +133,46 @@ def test_a_trusted_proxy_is_believed() -> None:
             until(lambda: line in process.log, "the line")  # noqa: B023  (it is called at once)
 
 
+@contextmanager
+def stalled(port: int) -> Iterator[socket.socket]:
+    """A client that reads the head of a long list, and nothing else."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.sendall(request("GET", "/"))
+        assert client.recv(12) == b"HTTP/1.1 200"
+        yield client
+
+
+@pytest.fixture
+def long_list(tmp_path: Path) -> str:
+    """The URL of a database whose list is longer than all buffers on the way to a client."""
+    url = f"sqlite:///{tmp_path}/items.db"
+    engine = make_engine(url)
+    create_tables(engine)
+    with engine.begin() as connection:
+        rows = ({"name": f"name number {number}"} for number in range(300_000))
+        connection.execute(insert(Item), [*rows])
+    engine.dispose()
+    return url
+
+
+def test_a_client_that_reads_nothing_is_disconnected(long_list: str) -> None:
+    """After --idle-timeout its request is over, and its thread serves others."""
+    options = ("--threads", "1", "--idle-timeout", "1")
+    with serve("--database-url", long_list, *options) as process, stalled(process.port):
+        assert fetch(process.port, path="/livez").status == 200
+        until(lambda: '"GET / HTTP/1.1" 200' in process.log, "its line in the log")
+
+
 def test_waitress_is_what_it_was() -> None:
     """The private parts that web/waitress_server.py relies on are those of waitress 3."""
     assert hasattr(waitress, "create_server")
     private = {
-        channel.HTTPChannel: {"handle_close", "received", "requests", "request", "will_close"},
+        channel.HTTPChannel: {
+            *("handle_close", "received", "requests", "request", "will_close"),
+            *("total_outbufs_len", "last_activity = time.time()"),
+        },
         parser.HTTPRequestParser: {"received", "expect_continue", "completed", "error", "headers"},
         task.Task: {"set_close_on_finish", "has_body", "version"},
         task.WSGITask: {"get_environment", "execute"},

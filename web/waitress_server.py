@@ -9,7 +9,7 @@ import signal
 from argparse import Namespace
 from contextlib import suppress
 from socket import SHUT_WR
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 from wsgiref.types import WSGIApplication, WSGIEnvironment
 
@@ -30,6 +30,9 @@ DISCARDED = 64 * 2**20
 
 DISCARDING = 10.0
 """Seconds that this may take."""
+
+STALLED = 5.0
+"""Seconds between two looks for clients that do not read their response."""
 
 REFUSALS = {
     413: "the body is too long",
@@ -130,6 +133,7 @@ class Server:
             headers = {"x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"}
             address |= {"trusted_proxy": options.trusted_proxy, "trusted_proxy_headers": headers}
         self.stopping = False
+        self.idle_timeout = options.idle_timeout
         self.sockets: dict[int, Any] = {}
         try:
             self.server: Any = create_server(
@@ -161,8 +165,12 @@ class Server:
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self.stop)
+        looked = monotonic()
         while not self.stopping:
-            wasyncore.loop(map=self.sockets, count=1)
+            wasyncore.loop(timeout=STALLED, map=self.sockets, count=1)
+            if monotonic() - looked >= STALLED:
+                self.close_stalled()
+                looked = monotonic()
         log.info("stopping: waiting up to %g s for running requests", patience)
         deadline = monotonic() + patience
         for listener in self.listeners:
@@ -176,10 +184,20 @@ class Server:
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process
         self.listeners[0].pull_trigger()
 
+    def channels(self) -> list[Any]:
+        return [each for each in self.sockets.values() if isinstance(each, HTTPChannel)]
+
+    def close_stalled(self) -> None:
+        """Disconnect clients that do not read their response, and so hold up a thread."""
+        cutoff = time() - self.idle_timeout
+        for channel in self.channels():
+            if channel.total_outbufs_len and channel.last_activity < cutoff:
+                channel.handle_close()
+
     def close_idle(self) -> bool:
         """Close idle connections; return whether others are left."""
         is_busy = False
-        for channel in [each for each in self.sockets.values() if isinstance(each, HTTPChannel)]:
+        for channel in self.channels():
             if channel.requests or channel.request or channel.total_outbufs_len:
                 is_busy = True
             else:
