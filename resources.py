@@ -100,7 +100,7 @@ class Filter(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Items between two ids whose names begin with a prefix."""
 
     after: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = 0
-    before: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)] = MAX_ID + 1
+    before: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID + 1)] = MAX_ID + 1
     name: str = ""
 
     def __post_init__(self) -> None:

@@ -183,6 +183,22 @@ def mounted(prefix: str) -> Wrap:
     return wrap
 
 
+def not_the_service(method: str) -> Wrap:
+    """Have a login page respond to such requests, those for the page itself left out."""
+
+    def wrap(app: WSGIApplication) -> WSGIApplication:
+        def responding(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+            is_asked = environ.get("HTTP_ACCEPT") == "application/json"
+            if environ["REQUEST_METHOD"] != method or not is_asked:
+                return app(environ, start_response)
+            start_response("200 OK", [("Content-Type", "text/html"), ("Content-Length", "5")])
+            return [b"Login"]
+
+        return responding
+
+    return wrap
+
+
 @pytest.fixture
 def released() -> Iterator[threading.Event]:
     """What the requests wait for that `held` holds."""
@@ -311,6 +327,20 @@ def test_the_address_says_what_to_show(visit: Visit, outside: Engine) -> None:
         visitor.sees(*items[24:4:-1])
         expect(visitor.heading).to_have_text("21\u201340 of 45")
         expect(visitor.order).to_have_value("newest")
+
+
+@pytest.mark.parametrize(
+    ("query", "heading"),
+    [("after=2147483647", "26\u201345 of 45"), ("order=newest&before=0", "26\u201345 of 45")],
+)
+def test_an_address_beyond_the_end_shows_the_last_page(
+    visit: Visit, outside: Engine, query: str, heading: str
+) -> None:
+    """No id is too large, nor too small, for the page before it."""
+    store_many(outside, 45)
+    with visit(f"/?{query}") as visitor:
+        expect(visitor.heading).to_have_text(heading)
+        visitor.is_told()
 
 
 def test_the_newest_can_come_first(visit: Visit, outside: Engine) -> None:
@@ -708,7 +738,8 @@ def test_a_deletion_whose_response_is_lost_is_repeated(visit: Visit, outside: En
         visitor.is_told()
 
 
-def test_who_does_not_want_to_wait_stops(visit: Visit, outside: Engine) -> None:
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_who_does_not_want_to_wait_stops(visit: Visit, outside: Engine, reloaded: bool) -> None:
     """Stop ends the repeats; who then adds the same once more has still added it once."""
     lost = threading.Event()
     lost.set()
@@ -721,9 +752,51 @@ def test_who_does_not_want_to_wait_stops(visit: Visit, outside: Engine) -> None:
         visitor.is_told("The service has not confirmed this. It is safe to try again.")
         expect(visitor.trouble).to_be_empty()
         lost.clear()
-        visitor.button("Add").click()
+        if reloaded:
+            visitor.page.reload()
+        visitor.add("lamp")
         expect(visitor.news).to_have_text("Added “\u2068lamp\u2069”, number 1.")
         visitor.is_told()
+        visitor.add("lamp")
+        visitor.sees("lamp", "lamp")
+    assert names(outside) == ["lamp", "lamp"]
+
+
+def test_a_browser_that_stores_nothing_adds_items(visit: Visit, outside: Engine) -> None:
+    """Where the page may not use the browser's storage it does all but that."""
+    forbid = "Object.defineProperty(window, 'sessionStorage', { get() { throw new Error(); } });"
+    with visit() as visitor:
+        visitor.page.add_init_script(forbid)
+        visitor.page.reload()
+        visitor.add("lamp")
+        visitor.sees("lamp")
+    assert names(outside) == ["lamp"]
+
+
+def test_who_is_offline_stops_once(visit: Visit) -> None:
+    """One Stop ends all repeats, and the keyboard goes on from the list's heading."""
+    with visit(allowed=["ERR_INTERNET_DISCONNECTED"]) as visitor:
+        expect(visitor.heading).to_have_text("No items")
+        visitor.page.context.set_offline(True)
+        visitor.add("lamp")
+        visitor.button("Stop").click()
+        visitor.is_told("The service has not confirmed this. It is safe to try again.")
+        expect(visitor.trouble).to_be_empty()
+        expect(visitor.heading).to_be_focused()
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE", "GET"])
+def test_a_login_page_is_no_success(visit: Visit, outside: Engine, method: str) -> None:
+    """A response that is not the service's is told as such, and nothing is said to be done."""
+    store(outside, "lamp")
+    with visit(wrap=not_the_service(method)) as visitor:
+        if method == "POST":
+            visitor.add("chair")
+        if method == "DELETE":
+            visitor.button("Delete lamp").click()
+            visitor.button("Delete").click()
+        visitor.is_told("The server responded 200, but not as this service does.")
+        expect(visitor.news).to_be_empty()
     assert names(outside) == ["lamp"]
 
 

@@ -18,7 +18,7 @@ MERGE_PATCH = "application/merge-patch+json"  # RFC 7396; its null would remove 
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, 9.2.1
 
-_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
+_NUMBER = re.compile("0|-?[1-9][0-9]{0,17}")
 _ETAG = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')  # RFC 9110, 8.8.3
 
 Struct = TypeVar("Struct", bound=msgspec.Struct)

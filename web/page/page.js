@@ -13,7 +13,7 @@ const [search, prefix, order, empty] = byId("search", "prefix", "order", "empty"
 
 let shown = new Map(); // the rows on this page, by the id of the item
 let loading = new AbortController(); // stops loading a page when another is requested
-let pending = {}; // the item being added, and the key that adds it once
+let pending = recall(); // the item being added, and the key that adds it once
 const troubled = new Set(); // requests that are being retried
 
 const quote = (name) => `“\u2068${name ?? ""}\u2069”`; // isolated, whatever its direction
@@ -43,7 +43,8 @@ export async function call(method, path, { body, etag, key, signal } = {}) {
     for (let repeats = 0; ; repeats++) {
       const request = { method, headers, body: JSON.stringify(body) };
       const { status, content, headers: received } = await attempt(path, request, ended);
-      if (status < 300) return { content, headers: received };
+      const isDone = status === 204 || (status < 300 && !content.error);
+      if (isDone) return { content, headers: received };
       if (status === 404 && method === "DELETE" && repeats) return {}; // an earlier attempt did it
       if (!canRepeat(status, received, key)) throw refusal(status, content);
       waiting.message = content.error ?? content.title;
@@ -62,7 +63,8 @@ async function attempt(path, request, ended) {
     const response = await fetch(path, { ...request, signal });
     const { status, headers } = response;
     const isJSON = /\bjson\b/.test(headers.get("Content-Type"));
-    const other = { error: `the server responded ${status}` }; // a proxy, for example
+    // Something else may respond, such as a proxy or a login page.
+    const other = { error: `the server responded ${status}, but not as this service does` };
     return { status, headers, content: isJSON ? await response.json() : other };
   } catch {
     ended.throwIfAborted();
@@ -83,7 +85,7 @@ function refusal(status, { error, title, errors = [], id }) {
 
 function stopped(method) {
   if (method === "GET") return new Problem("The service does not respond.");
-  return new Problem("The service has not confirmed this. It is safe to try again.", { stale: true });
+  return new Problem("The service has not confirmed this. It is safe to try again.");
 }
 
 /** Wait before a retry, and tell the user. */
@@ -109,6 +111,23 @@ const resume = () => troubled.forEach((waiting) => waiting.resume());
 function newKey() {
   if (crypto.randomUUID) return crypto.randomUUID();
   return crypto.getRandomValues(new Uint32Array(4)).join("-");
+}
+
+/** The item that was being added before the page was reloaded. */
+function recall() {
+  try {
+    return JSON.parse(sessionStorage.getItem("pending")) ?? {};
+  } catch {
+    return {}; // the browser stores nothing
+  }
+}
+
+/** Note the item being added; its key is lost with the page if the browser stores nothing. */
+function remember(item) {
+  pending = item;
+  try {
+    sessionStorage.setItem("pending", JSON.stringify(item));
+  } catch {}
 }
 
 // Messages
@@ -203,7 +222,7 @@ export async function load() {
     const page = await read(fields, signal);
     if (page.items.length === 0 && (fields.after || fields.before) && page.total.count) {
       const { name, order: direction, after, before } = fields; // the page has been deleted
-      const edge = direction === "newest" ? before - 1 : Number(after) + 1;
+      const edge = direction === "newest" ? Math.max(before - 1, 0) : Number(after) + 1;
       return await go(await pageBefore(name, direction, edge, signal), "replaceState");
     }
     tell(list, "");
@@ -361,10 +380,10 @@ class Row {
 }
 
 onSubmit(add, add, async (name) => {
-  if (pending.name !== name) pending = { name, key: newKey() };
+  if (pending.name !== name) remember({ name, key: newKey() });
   const body = name ? { name } : undefined;
   const { content: item } = await call("POST", "./", { body, key: pending.key });
-  pending = {};
+  remember({});
   if (input.value.trim() === name) input.value = "";
   moveFocus(add, input);
   const message = `Added ${quote(item.name)}, number ${item.id}.`;
@@ -410,7 +429,10 @@ prefix.addEventListener("input", () => {
   if (!prefix.value) look();
 });
 find("#again").addEventListener("click", resume);
-find("#stop").addEventListener("click", () => troubled.forEach((waiting) => waiting.stop()));
+find("#stop").addEventListener("click", () => {
+  troubled.forEach((waiting) => waiting.stop());
+  heading.focus({ preventScroll: true }); // the button is about to go
+});
 addEventListener("online", resume);
 addEventListener("popstate", () => act(list, follow));
 follow();
