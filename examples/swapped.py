@@ -54,5 +54,7 @@ def not_found() -> bottle.HTTPResponse:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.DEBUG)  # shows each commit and rollback
     apps = {"models": make_app(CoreItems(Session)), "views": make_bottle(Items(Session))}
+    if len(sys.argv) != 2 or sys.argv[1] not in apps:
+        sys.exit(f"usage: python {sys.argv[0]} {' | '.join(apps)}")
     application = SessionMiddleware(apps[sys.argv[1]], Session)
     serve(application, listen=f"127.0.0.1:{os.environ.get('PORT', '8080')}")

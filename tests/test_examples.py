@@ -262,6 +262,18 @@ def test_the_log_tells_what_became_of_each_request(service: Service) -> None:
     assert service.logged("rollback GET /7 404 Not Found")
 
 
+@pytest.mark.parametrize("arguments", [[], ["both"], ["models", "views"]])
+def test_what_to_swap_must_be_said(arguments: list[str], tmp_path: Path) -> None:
+    """Without the name of a half, `swapped.py` says how it is run."""
+    command = [sys.executable, str(EXAMPLES / "swapped.py"), *arguments]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("usage: python ")
+    assert done.stderr.endswith("swapped.py models | views\n")
+
+
 @pytest.mark.parametrize("database", ["postgresql", "mariadb"])
 @pytest.mark.parametrize("name", ["flask", "flask-sqlalchemy", "swapped-models"])
 def test_another_database_is_a_url(
