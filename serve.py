@@ -23,7 +23,7 @@ from web.database import make_probe, open_database, parse_url
 from web.demo import add_demo
 from web.errors import errors_as_json
 from web.logs import AccessLog, Exchange, configure_logging, log_exchange, observe
-from web.options import StartError, make_parser
+from web.options import StartError, make_parser, parse_given
 from web.origins import Origins
 from web.router import Router
 from web.waitress_server import Server
@@ -89,10 +89,9 @@ def create_app(database_url: str | None = None, **given: Any) -> Service:
     :param given: other options, named as on the command line.  Options that are left out come
         from the environment.
     :raises StartError: if the database cannot be used, for example.
+    :raises TypeError: if there is no such option.
     """
-    if database_url is not None:
-        given["database_url"] = database_url
-    options = make_parser().parse_args([], Namespace(**given))
+    options = parse_given({"database_url": database_url, **given})
     configure_logging(options.log_level, options.log_format)
     return Service(options)
 

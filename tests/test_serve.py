@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sessionscope
@@ -29,13 +30,13 @@ from processes import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 from sessionscope.engines import make_engine
-from sqlalchemy import insert
+from sqlalchemy import insert, make_url
 from support import PATIENCE, fetch, names, serve_once
 
 from models import Base, Item
 from serve import create_app, main
 from web.database import create_tables
-from web.options import make_parser
+from web.options import StartError, make_parser, parse_given
 
 
 @pytest.fixture
@@ -413,6 +414,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--listen", "127.0.0.1:http"], "'127.0.0.1:http' is not HOST:PORT"),
         (["--listen", "127.0.0.1:65536"], "'127.0.0.1:65536' is not HOST:PORT"),
         (["--listen", "unix:items.sock"], "'unix:items.sock' is not HOST:PORT"),
+        (["--purge-keys", "9999999999"], "'9999999999' is not a number below 100,000"),
         (["--wait", "long"], "argument --wait: 'long' is not a number"),
         (["--threads", "0"], "argument --threads: '0' is not a number above zero"),
         (["--threads", "many"], "argument --threads: 'many' is not a number above zero"),
@@ -429,6 +431,50 @@ def test_a_wrong_option_is_told(
 
 
 @pytest.mark.parametrize(
+    "origins", ["", "http://localhost:8081", "https://b.example http://[::1]:8081 app://items"]
+)
+def test_origins_are_accepted(origins: str) -> None:
+    """--cors-origins takes any origin in the form that browsers send, and several."""
+    assert make_parser().parse_args(["--cors-origins", origins]).cors_origins == origins
+
+
+@pytest.mark.parametrize("given", ["0:0:0:0:0:0:0:1", "::1"])
+def test_the_proxy_is_known_however_its_address_is_written(given: str) -> None:
+    """An address is kept in the form in which the server has that of a client."""
+    assert make_parser().parse_args(["--trusted-proxy", given]).trusted_proxy == "::1"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"nonsense": 3}, TypeError, "there is no option 'nonsense'"),
+        ({"thread": 3}, TypeError, "there is no option 'thread'"),
+        ({"log_level": "debugg"}, StartError, "choose from '?debug'?, '?info'?"),
+        ({"threads": 0}, StartError, "argument --threads: '0' is not a number above zero"),
+        ({"metrics": "maybe"}, StartError, "argument --metrics"),
+        ({"trusted_proxy": "nonsense"}, StartError, "'nonsense' is not an IP address, localhost"),
+        *(
+            ({"cors_origins": f"https://b.example {origin}"}, StartError, f"'{origin}' is not an")
+            for origin in ["https://a.example/", "https://a.example:443", "a.example", "HTTP://a"]
+        ),
+        ({"cors_origins": "*"}, StartError, "is not an origin as browsers send it, such as https:"),
+    ],
+)
+def test_a_wrong_option_in_python_is_told(
+    given: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """`create_app` checks its options as the command line does, and raises."""
+    with pytest.raises(error, match=message):
+        create_app("sqlite://", **given)
+
+
+def test_the_database_may_be_a_url_object() -> None:
+    """In Python the URL of an engine will do, whose text has no password."""
+    url = "postgresql://u:secret@127.0.0.1/d"
+    assert parse_given({"database_url": make_url(url), "wait": None}).database_url == url
+
+
+@pytest.mark.parametrize(
     ("arguments", "messages"),
     [
         (["--listen", "nowhere"], ["'nowhere' is not HOST:PORT"]),
@@ -436,8 +482,13 @@ def test_a_wrong_option_is_told(
             ["--database-url", "postgresql://u:secret@127.0.0.1:1/d"],
             [
                 "cannot use the database postgresql://u:***@127.0.0.1:1/d (--database-url): ",
-                "With --wait 30 the service",
+                "is it running? With --wait 30 the service waits for it",
             ],
+        ),
+        (["--wait", "1", "--database-url", "postgresql://127.0.0.1:1/d"], ["is it running?\n"]),
+        (
+            ["--database-url", "postgresql://127.0.0.1:1/d?password=secret&sslpassword=secret"],
+            ["postgresql://127.0.0.1:1/d?password=...&sslpassword=... (--database-url): "],
         ),
         (["--database-url", "mysql://u:secret@127.0.0.1:1/d"], ["Connection refused"]),
         (["--database-url", "mysql://127.0.0.1:1/d?bad=1"], ["unexpected keyword argument 'bad'"]),

@@ -165,6 +165,19 @@ def test_a_client_that_reads_nothing_is_disconnected(long_list: str) -> None:
         until(lambda: '"GET / HTTP/1.1" 200' in process.log, "its line in the log")
 
 
+def test_a_client_waits_while_there_are_enough_others() -> None:
+    """With --connections 1 one client is served, and the next is when that one has left."""
+    with serve("--database-url", "sqlite://", "--connections", "1") as process:
+        with Connection(process.port) as first:
+            first.send(request("GET", "/livez"))
+            assert first.read().status == 200
+            until(lambda: "reached the connection limit" in process.log, "the limit")
+            second = Connection(process.port)
+        with second:
+            second.send(request("GET", "/livez"))
+            assert second.read().status == 200
+
+
 def test_waitress_is_what_it_was() -> None:
     """The private parts that web/waitress_server.py relies on are those of waitress 3."""
     assert hasattr(waitress, "create_server")
@@ -176,7 +189,7 @@ def test_waitress_is_what_it_was() -> None:
         parser.HTTPRequestParser: {"received", "expect_continue", "completed", "error", "headers"},
         task.Task: {"set_close_on_finish", "has_body", "version"},
         task.WSGITask: {"get_environment", "execute"},
-        server.BaseWSGIServer: {"pull_trigger", "print_listen", "channel_class"},
+        server.BaseWSGIServer: {"pull_trigger", "print_listen", "channel_class", "adj"},
     }
     for owner, names in private.items():
         source = inspect.getsource(owner)

@@ -22,9 +22,9 @@ log = logging.getLogger("items")
 class WrongTable(Exception):
     """The database has a table that the service cannot use."""
 
-    def __init__(self, difference: str) -> None:
-        remedy = "run `alembic upgrade head`, change the column, or use another database"
-        super().__init__(f"{difference}; {remedy}")
+    def __init__(self, difference: str, remedy: str = "change the column") -> None:
+        remedies = f"run `alembic upgrade head`, {remedy}, or use another database"
+        super().__init__(f"{difference}; {remedies}")
 
 
 def parse_url(text: str, option: str) -> URL:
@@ -57,14 +57,19 @@ def open_database(url: URL, *, threads: int, create: bool, wait: float) -> Engin
     except (exc.SQLAlchemyError, ImportError, TypeError, WrongTable) as error:
         if engine is not None:
             engine.dispose()
-        shown = url.render_as_string(hide_password=True)
         reason = getattr(error, "orig", None) or error
         raise StartError(
-            f"cannot use the database {shown} (--database-url): {reason}{remedy(error)}"
+            f"cannot use the database {shown(url)} (--database-url): {reason}{remedy(error, wait)}"
         ) from error
 
 
-def remedy(error: Exception) -> str:
+def shown(url: URL) -> str:
+    """Return *url* without its passwords, of which some drivers take one from the query."""
+    hidden = {name: "..." for name in url.query if "passw" in name.lower()}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
+def remedy(error: Exception, wait: float) -> str:
     """Return what to do about *error*, after a semicolon; nothing if that is unknown."""
     if isinstance(error, ImportError):
         extra = {"psycopg": "-e '.[postgresql]'", "pymysql": "-e '.[mysql]'"}
@@ -74,7 +79,7 @@ def remedy(error: Exception) -> str:
     if error_code(error) == "SQLITE_CANTOPEN":
         return "; its folder must exist and be writable"
     if isinstance(error, exc.DBAPIError) and is_unavailable(error):
-        return "; is it running? With --wait 30 the service waits for it"
+        return "; is it running?" + ("" if wait else " With --wait 30 the service waits for it")
     return ""
 
 
@@ -119,7 +124,7 @@ def check_tables(engine: Engine) -> None:
     found = inspect(engine)
     for table in Base.metadata.tables.values():
         if not found.has_table(table.name):
-            raise WrongTable(f"there is no table {table.name}")
+            raise WrongTable(f"there is no table {table.name}", "start with --create-tables")
         columns = {column["name"]: column for column in found.get_columns(table.name)}
         wrong = [difference(column, columns, engine.dialect) for column in table.columns]
         wrong += [

@@ -2,10 +2,13 @@
 
 import argparse
 import os
-from collections.abc import Collection
-from typing import Any
+import re
+from collections.abc import Collection, Mapping
+from ipaddress import ip_address
+from typing import Any, NoReturn
 
 from sessionscope import __version__
+from sqlalchemy.engine import URL
 
 from web.router import MAX_BODY
 
@@ -16,16 +19,30 @@ class StartError(Exception):
     """The service cannot start; the message says why, and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that raises where argparse's own ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise StartError(message)
+
+
 SWITCH = {"yes": True, "true": True, "on": True, "1": True}
 SWITCH |= {"no": False, "false": False, "off": False, "0": False}
 
+# An Origin is in lower case and without the port of its scheme (RFC 6454, 6.2).
+_ORIGIN = re.compile(
+    r"(?!http://.*:80$|https://.*:443$)"
+    r"[a-z][a-z\d+.-]*://([a-z\d._-]+|\[[a-f\d:.]+\])(:\d+)?",
+    re.ASCII,
+)
 
-def make_parser() -> argparse.ArgumentParser:
+
+def make_parser() -> Parser:
     """Make the parser; the environment overrides the defaults that its help shows.
 
     :raises StartError: if a variable has a value that its option does not have.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="serve.py",
         description="Serve items over HTTP.",
         epilog="Each option except --purge-keys can also be set by an environment variable: "
@@ -50,9 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     ]:
         add(server, flag, default, text, type=_positive, metavar="N")
     proxy = "address of the proxy whose X-Forwarded-* headers are trusted"
-    add(server, "--trusted-proxy", "", proxy, metavar="IP")
+    add(server, "--trusted-proxy", "", proxy, type=_proxy, metavar="IP")
     origins = "other origins whose pages may use the API, separated by spaces"
-    add(server, "--cors-origins", "", origins, metavar="URLS")
+    add(server, "--cors-origins", "", origins, type=_origins, metavar="URLS")
     log = parser.add_argument_group("log and metrics")
     levels = ["debug", "info", "warning", "error"]
     add(log, "--log-level", "info", "debug shows each commit and rollback", choices=levels)
@@ -60,6 +77,25 @@ def make_parser() -> argparse.ArgumentParser:
     add_flag(log, "--metrics", "no", "serve /metrics for Prometheus")
     add_flag(log, "--demo", "no", "show the outcome of each session on the page")
     return parser
+
+
+def parse_given(given: Mapping[str, Any]) -> argparse.Namespace:
+    """Parse options that are given in Python; None stands for one that is left out.
+
+    :raises TypeError: if there is no such option.
+    :raises StartError: if it does not have such a value.
+    """
+    parser, arguments = make_parser(), []
+    for name, value in given.items():
+        if parser.get_default(name) is None:
+            raise TypeError(f"there is no option {name!r}")
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            text = value.render_as_string(hide_password=False) if isinstance(value, URL) else value
+            arguments.append(f"--{flag}={text}")
+    return parser.parse_args(arguments)
 
 
 def add(group: Any, flag: str, default: str, text: str, **more: Any) -> None:
@@ -97,8 +133,8 @@ def _address(text: str) -> str:
 
 
 def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    if not (text.isdecimal() and int(text) < 100_000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number below 100,000")
     return int(text)
 
 
@@ -106,3 +142,20 @@ def _positive(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
     return int(text)
+
+
+def _proxy(text: str) -> str:
+    if text in ("", "*", "localhost"):
+        return text
+    try:
+        return str(ip_address(text))  # as the server writes it
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address, localhost or *") from None
+
+
+def _origins(text: str) -> str:
+    for origin in text.split():
+        if not _ORIGIN.fullmatch(origin):
+            form = "an origin as browsers send it, such as https://shop.example"
+            raise argparse.ArgumentTypeError(f"{origin!r} is not {form}")
+    return text

@@ -140,7 +140,6 @@ class Server:
                 app,
                 self.sockets,
                 threads=options.threads,
-                connection_limit=options.connections,
                 channel_timeout=options.idle_timeout,
                 # A body that is far too long is refused before all of it is stored.
                 max_request_body_size=options.max_body + 2**20,
@@ -151,6 +150,8 @@ class Server:
         except (ValueError, OSError) as error:
             message = f"cannot listen on {options.listen}: {error}; choose another with --listen"
             raise StartError(message) from None
+        # waitress counts its own sockets, too.
+        self.server.adj.connection_limit = options.connections + len(self.sockets)
         sockets = self.sockets.values()
         self.listeners = [each for each in sockets if isinstance(each, BaseWSGIServer)]
         for listener in self.listeners:
