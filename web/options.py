@@ -29,12 +29,8 @@ class Parser(argparse.ArgumentParser):
 SWITCH = {"yes": True, "true": True, "on": True, "1": True}
 SWITCH |= {"no": False, "false": False, "off": False, "0": False}
 
-# An Origin is in lower case and without the port of its scheme (RFC 6454, 6.2).
-_ORIGIN = re.compile(
-    r"(?!http://.*:80$|https://.*:443$)"
-    r"[a-z][a-z\d+.-]*://([a-z\d._-]+|\[[a-f\d:.]+\])(:\d+)?",
-    re.ASCII,
-)
+# Browsers send an Origin in lower case (RFC 6454, 6.2).
+_ORIGIN = re.compile(r"[a-z][a-z\d+.-]*://([a-z\d._-]+|\[[a-f\d:.]+\])(:\d+)?", re.ASCII)
 
 
 def make_parser() -> Parser:
