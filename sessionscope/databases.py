@@ -85,6 +85,8 @@ def error_code(error: BaseException | None) -> Code | None:
 
     The number goes first, because MariaDB's drivers give their errors an SQLSTATE as well.
     """
+    if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
+        return None  # such as KeyError(7), which a type of the application has raised
     original = getattr(error, "orig", error)
     arguments = getattr(original, "args", ())
     first = arguments[0] if arguments else None
@@ -250,6 +252,11 @@ def is_aborted(connection: Connection, error: BaseException | None) -> bool:
     except DBAPIError:
         return True
     return False
+
+
+def is_sound(connection: Connection) -> bool:
+    """Return whether PostgreSQL's driver knows of a transaction that no error has aborted."""
+    return _libpq_status(driver_connection(connection)) == 2  # PQTRANS_INTRANS
 
 
 def is_sqlite_in_autocommit(driver: Any) -> bool:

@@ -41,7 +41,15 @@ def _commit(connection: Connection, *_xid: object) -> None:
             participant.on_commit()
 
 
+def _before_cursor_execute(connection: Connection, *_context: object) -> None:
+    for participant in participants_of(connection.info):
+        if participant.watched and participant.connection is connection:
+            participant.before_next()
+
+
 _WATCHERS: dict[str, Callable[..., None]] = {
+    "before_cursor_execute": _before_cursor_execute,
+    "rollback": _before_cursor_execute,
     "commit": _commit,
     "commit_twophase": _commit,
     "after_cursor_execute": _after_cursor_execute,  # last, so that it tells that all are there
@@ -64,8 +72,88 @@ def binds_of(registry: Registry) -> list[object]:
     return [options.get("bind"), *(options.get("binds") or {}).values()]
 
 
-class Participant:
-    """One connection of a transaction, and the state of its driver.
+class DriverState:
+    """What the driver of a connection knows of its transaction; SQLite's knows most.
+
+    :param connection: it has just begun.
+    """
+
+    wrote = False
+    """Whether SQLite's driver had changed rows when the connection was returned."""
+    pooled: Any = None
+    """The pool's proxy of SQLite's driver; empty when that was returned or invalidated."""
+    begun = False
+    """Whether the driver has been in a transaction at some check; SQLite's, or if it is watched."""
+    changes = 0
+    """Number of rows that SQLite's driver had changed when the transaction began."""
+    in_autocommit: bool | None = None
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.transaction = connection.get_nested_transaction() or connection.get_transaction()
+        if connection.dialect.name == "sqlite":
+            self.pooled = connection.connection
+            driver = self.pooled.dbapi_connection
+            self.begun, self.changes = driver.in_transaction, driver.total_changes
+            self.in_autocommit = not self.begun and databases.is_sqlite_in_autocommit(driver)
+
+    def sqlite(self) -> Any:
+        """Return SQLite's driver; None if the connection has lost it, or is of another database."""
+        return None if self.pooled is None else self.pooled.dbapi_connection
+
+    def on_flush(self) -> None:
+        driver = self.sqlite()
+        if driver is None or self.begun:
+            return
+        if not self.connection.in_nested_transaction():  # RELEASE of its own savepoint may COMMIT
+            self.begun = driver.in_transaction
+
+    def begin_sqlite(self) -> None:
+        """Send the BEGIN that SQLite's driver has not sent yet."""
+        if self.sqlite() is not None and not self.begun:
+            databases.begin_sqlite(self.connection)
+            self.on_flush()
+
+    def is_autocommit(self) -> bool:
+        """Return whether the driver commits each statement by itself."""
+        if self.in_autocommit is None and not self.connection.invalidated:
+            self.in_autocommit = databases.is_autocommit(self.connection)
+        return bool(self.in_autocommit)
+
+    def has_written(self) -> bool:
+        """Return whether SQLite's driver has changed rows; False if that is unknown."""
+        driver = self.sqlite()
+        return self.wrote if driver is None else bool(driver.total_changes != self.changes)
+
+    def had_work(self) -> bool:
+        """Return whether the driver was in a transaction, or has changed rows."""
+        return self.begun or self.has_written()
+
+    def is_touched(self) -> bool:
+        """Return whether a COMMIT or a ROLLBACK was begun on this connection."""
+        return self.transaction is not None and not self.transaction.is_active
+
+    def is_ended(self) -> bool:
+        """Return whether the transaction is over although SQLAlchemy has not ended it."""
+        lost = self.connection.invalidated or self.connection.closed
+        if lost or self.is_touched() or not self.had_work():
+            return False
+        driver = databases.driver_connection(self.connection)
+        return not databases.is_in_transaction(driver, unknown=True)
+
+    def commit_returned(self) -> bool:
+        """Return whether COMMIT succeeded on this connection, if nobody has rolled back.
+
+        SQLAlchemy removes a transaction from its connection if COMMIT returns, and leaves it
+        there, inactive, if COMMIT raises.
+        """
+        connection = self.connection
+        present = connection.get_nested_transaction(), connection.get_transaction()
+        return self.transaction not in present
+
+
+class Participant(DriverState):
+    """One connection of a transaction, and what happens on it.
 
     :param owner: the transaction.
     """
@@ -77,26 +165,11 @@ class Participant:
     """Whether an error made the database roll back the whole transaction."""
     commit_sent = False
     """Known only if the transaction has several connections, or is watched."""
-    wrote = False
-    """Whether SQLite's driver had changed rows when the connection was returned."""
-    pooled: Any = None
-    """The pool's proxy of SQLite's driver; empty when that was returned or invalidated."""
-    begun = False
-    """Whether the driver has been in a transaction at some check; SQLite's, or if it is watched."""
-    changes = 0
-    """Number of rows that SQLite's driver had changed when the transaction began."""
-    in_autocommit: bool | None = None
 
     def __init__(self, owner: Transaction, connection: Connection) -> None:
+        super().__init__(connection)
         self.owner = owner
-        self.connection = connection
-        self.transaction = connection.get_nested_transaction() or connection.get_transaction()
         self.listeners: list[tuple[str, Callable[..., None]]] = []
-        if connection.dialect.name == "sqlite":
-            self.pooled = connection.connection
-            driver = self.pooled.dbapi_connection
-            self.begun, self.changes = driver.in_transaction, driver.total_changes
-            self.in_autocommit = not self.begun and databases.is_sqlite_in_autocommit(driver)
         # Weak, since the pool keeps it: a stream that is dropped without close() must be freed.
         # Another thread may have the connection already when this one leaves: so a set, whose
         # methods are atomic, as those of WeakSet are not.
@@ -136,34 +209,6 @@ class Participant:
             event.listen(self.connection, name, self.on_commit)
             self.listeners.append((name, self.on_commit))
 
-    def on_flush(self) -> None:
-        driver = self.sqlite()
-        if driver is None or self.begun:
-            return
-        if not self.connection.in_nested_transaction():  # RELEASE of its own savepoint may COMMIT
-            self.begun = driver.in_transaction
-
-    def begin_sqlite(self) -> None:
-        """Send the BEGIN that SQLite's driver has not sent yet."""
-        if self.sqlite() is not None and not self.begun:
-            databases.begin_sqlite(self.connection)
-            self.on_flush()
-
-    def is_autocommit(self) -> bool:
-        """Return whether the driver commits each statement by itself."""
-        if self.in_autocommit is None and not self.connection.invalidated:
-            self.in_autocommit = databases.is_autocommit(self.connection)
-        return bool(self.in_autocommit)
-
-    def has_written(self) -> bool:
-        """Return whether SQLite's driver has changed rows; False if that is unknown."""
-        driver = self.sqlite()
-        return self.wrote if driver is None else bool(driver.total_changes != self.changes)
-
-    def sqlite(self) -> Any:
-        """Return SQLite's driver; None if the connection has lost it, or is of another database."""
-        return None if self.pooled is None else self.pooled.dbapi_connection
-
     def is_lost(self) -> bool:
         """Return whether COMMIT would keep nothing, or only a part."""
         connection = self.connection
@@ -174,19 +219,16 @@ class Participant:
             return driver is None or (self.begun and not driver.in_transaction)
         return databases.is_aborted(connection, self.error)
 
-    def is_touched(self) -> bool:
-        """Return whether a COMMIT or a ROLLBACK was begun on this connection."""
-        return self.transaction is not None and not self.transaction.is_active
+    def on_savepoint_undone(self) -> None:
+        """Forget the error if it is certain that this connection was rolled back, too.
 
-    def commit_returned(self) -> bool:
-        """Return whether COMMIT succeeded on this connection, if nobody has rolled back.
-
-        SQLAlchemy removes a transaction from its connection if COMMIT returns, and leaves it
-        there, inactive, if COMMIT raises.
+        It was not if it had not been used in the savepoint, or RELEASE or ROLLBACK failed.
         """
         connection = self.connection
-        present = connection.get_nested_transaction(), connection.get_transaction()
-        return self.transaction not in present
+        if self.error is None or connection.closed or connection.invalidated:
+            return
+        if databases.is_sound(connection):
+            self.error = None
 
     def on_committed(self) -> None:
         """Handle a COMMIT: all transactions on the same connection of the driver are committed.
@@ -217,24 +259,17 @@ class Participant:
 
     def on_statement(self, statement: str) -> None:
         self.owner.on_statement(statement)
-        if not (self.begun or self.pooled or databases.is_read(statement)):
+        if self.pooled is None and not databases.is_read(statement):
             driver = databases.driver_connection(self.connection)
             self.begun = databases.is_in_transaction(driver, unknown=False)
         autocommit, had_work = self.is_autocommit(), self.had_work()
         if autocommit or databases.may_have_committed(self.connection, statement, had_work):
             self.owner.on_durable()
 
-    def had_work(self) -> bool:
-        """Return whether the driver was in a transaction, or has changed rows."""
-        return self.begun or self.has_written()
-
-    def is_ended_by_driver(self) -> bool:
-        """Return whether the driver's own ``commit()`` may have ended the transaction."""
-        lost = self.aborted or self.connection.invalidated or self.connection.closed
-        if lost or self.is_touched() or not (self.watched and self.had_work()):
-            return False
-        driver = databases.driver_connection(self.connection)
-        return not databases.is_in_transaction(driver, unknown=True)
+    def before_next(self) -> None:
+        """Notice the driver's own ``commit()`` before a statement or ROLLBACK hides it."""
+        if self.owner.state is State.ACTIVE and not self.aborted and self.is_ended():
+            self.owner.on_durable()
 
     def on_commit(self, *_details: object) -> None:
         if self.owner.state is State.COMMITTING:

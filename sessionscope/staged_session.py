@@ -56,12 +56,13 @@ class StagedSession(SessionTracker):
                 f"{registry.session_factory!r} returned a session that is in use already, but "
                 "each request and each session_scope needs a new one"
             )
-        if reader is not None and not isinstance(session.bind, Connection):
+        own = session.bind
+        if reader is not None and not isinstance(own, Connection):
             session.bind = reader
         # A request around this scope may be retried.
         watched = watched or any(getattr(entry, "watched", False) for entry in around)
         super().__init__(session, safe, watched)
-        self.reader = reader
+        self.reader = None if reader is own else reader
         self.registry = registry
         self.stage = staged(registry)
         self.warned = warned
@@ -105,8 +106,8 @@ class StagedSession(SessionTracker):
             return
         self.scope = None
         if self.has_failed():
-            self.session.rollback()
             transaction.handle(Event.REMOVED)
+            self.session.rollback()
         elif transaction.has_begun() or has_changes(self.session):
             self.removed_at = caller()
 

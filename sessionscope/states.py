@@ -8,11 +8,9 @@
                    -> UNDONE                     SQLAlchemy has rolled back
                       -> FAILED                  because of a flush: the session must, too
                       -> ROLLED_BACK
-                      -> ROLLED_BACK
+                   -> ABANDONED                  rolled back by remove(), after an error
                    -> DISCARDED                  the session was closed, and its work lost
                       -> ROLLED_BACK             no: Session.rollback() closed it
-    FAILED, REFUSED -> ABANDONED                 the session was closed after the error
-    ROLLED_BACK -> ABANDONED                     by remove(), after an error
 
 Whether an error has aborted a transaction is not a state: on PostgreSQL a transaction recovers if
 the application rolls back to a savepoint, so that is checked when it matters, in
@@ -62,12 +60,12 @@ class Event(Enum):
     """SQLAlchemy has rolled back, by ``Session.rollback()`` or because of a flush."""
     FLUSH_FAILED = auto()
     """SQLAlchemy has rolled back because of a flush; the session needs ``rollback()``."""
+    REMOVED = auto()
+    """The application called ``remove()`` after an error."""
     CLOSED = auto()
     """The session's transaction has ended."""
     ROLLED_BACK = auto()
     """It has ended by ``Session.rollback()``."""
-    REMOVED = auto()
-    """That was because the application called ``remove()`` after an error."""
 
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
@@ -80,6 +78,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.ALLOWED: State.COMMITTING,
         Event.COMMITTED: State.COMMITTED,
         Event.UNDONE: State.UNDONE,
+        Event.REMOVED: State.ABANDONED,
         Event.CLOSED: State.DISCARDED,
     },
     State.COMMITTING: {
@@ -92,12 +91,11 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.REFUSED: {
         Event.ANSWER_LOST: State.IN_DOUBT,
         Event.UNDONE: State.UNDONE,
-        Event.CLOSED: State.ABANDONED,
+        Event.REMOVED: State.ABANDONED,
+        Event.CLOSED: State.DISCARDED,
     },
     State.UNDONE: {Event.FLUSH_FAILED: State.FAILED, Event.CLOSED: State.ROLLED_BACK},
-    State.FAILED: {Event.CLOSED: State.ABANDONED},
-    State.ABANDONED: {Event.ROLLED_BACK: State.ROLLED_BACK},
-    State.ROLLED_BACK: {Event.REMOVED: State.ABANDONED},
+    State.FAILED: {Event.REMOVED: State.ABANDONED, Event.CLOSED: State.DISCARDED},
     State.DISCARDED: {Event.ROLLED_BACK: State.ROLLED_BACK},
     # Only the database can resolve a doubt.
     State.IN_DOUBT: {
@@ -105,6 +103,8 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.REFUSED: State.ROLLED_BACK,
     },
     State.COMMITTED: {},
+    State.ABANDONED: {},
+    State.ROLLED_BACK: {},
 }
 """For each state, the events that change it, and the next state."""
 

@@ -114,7 +114,7 @@ class Transaction:
         if self.error is not before and not any(one.aborted for one in self.participants):
             self.healed = True
             for participant in self.participants:
-                participant.error = None
+                participant.on_savepoint_undone()
 
     def forget_errors(self) -> None:
         self.error = self.errors_before = None

@@ -64,8 +64,11 @@ class UnitOfWork(CommittingSession):
         self.refuse_lost_work()
         self.settle_doubt()
         transaction = self.transaction
-        if transaction.state is State.ABANDONED:
-            raise swallowed("a database error was swallowed") from transaction.error
+        last = transaction
+        if self.previous is not None and not (last.has_begun() or has_changes(self.session)):
+            last = self.previous
+        if last.state is State.ABANDONED:
+            raise swallowed("a database error was swallowed") from last.error
         if self.session.in_transaction() and transaction.state is not State.COMMITTED:
             self.commit_session()
         else:
@@ -95,9 +98,6 @@ class UnitOfWork(CommittingSession):
             return
         if transaction.wrote or not self.safe:
             warn_of_autocommit(transaction)
-        active = transaction.participants if transaction.state is State.ACTIVE else ()
-        if any(participant.is_ended_by_driver() for participant in active):
-            self.on_made_durable()
         self.session.rollback()
 
     @contextmanager

@@ -200,6 +200,21 @@ def test_postgresql_with_a_driver_that_does_not_know_the_server_is_asked(
     assert names(postgresql) == []
 
 
+def test_postgresql_with_a_driver_that_does_not_know_a_failed_release_heals_nothing(
+    postgresql: Engine, silent_registry: Registry
+) -> None:
+    """With pg8000, too, a savepoint that cannot be released leaves the transaction doomed."""
+
+    def work() -> None:
+        add(silent_registry, "gone")
+        with suppress(DBAPIError), silent_registry.begin_nested():
+            fail(silent_registry)
+
+    with pytest.raises(TransactionDoomed):
+        post(work, silent_registry)
+    assert names(postgresql) == []
+
+
 def test_postgresql_with_a_driver_that_does_not_know_a_savepoint_heals(
     postgresql: Engine, silent_registry: Registry
 ) -> None:

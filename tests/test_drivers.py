@@ -15,7 +15,17 @@ from databases import execute, until, until_one_waits
 from links import Cut, Link, linked
 from sessionscope import CommitOutcomeUnknown, TransactionDoomed
 from sessionscope.engines import make_engine, make_reader
-from sqlalchemy import Engine, delete, insert, make_url, select, update
+from sqlalchemy import (
+    Engine,
+    String,
+    TypeDecorator,
+    bindparam,
+    delete,
+    insert,
+    make_url,
+    select,
+    update,
+)
 from sqlalchemy import text as sql
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
@@ -539,11 +549,17 @@ def test_mariadb_ddl_is_not_done_again(engine: Engine) -> None:
 def test_an_error_that_never_reached_the_server_dooms_nothing(
     then: Work, engine: Engine, outside: Engine
 ) -> None:
-    """A statement that lacks a parameter undoes nothing, also as the first of a request."""
+    """A value that cannot be sent undoes nothing, also in the first statement of a request."""
+
+    class Refusing(TypeDecorator[str]):
+        impl, cache_ok = String, True
+
+        def process_bind_param(self, value: object, dialect: object) -> str:
+            raise KeyError(3)
 
     def work(session: Session, attempt: int) -> None:
-        with pytest.raises(StatementError, match="A value is required for bind parameter"):
-            session.execute(sql("SELECT :missing"))
+        with pytest.raises(StatementError, match="KeyError"):
+            session.execute(select(bindparam("value", "red", Refusing)))
         then(session, attempt)
 
     assert Request(engine, work).send().content == b"fine"

@@ -71,6 +71,16 @@ def driver_commit(registry: Registry) -> None:
     registry.connection().connection.commit()
 
 
+def driver_commit_and_a_read(registry: Registry) -> None:
+    driver_commit(registry)
+    registry.execute(sql("SELECT 1"))
+
+
+def driver_commit_and_rollback(registry: Registry) -> None:
+    driver_commit(registry)
+    registry.rollback()
+
+
 def commit_as_text(registry: Registry) -> None:
     add(registry)
     registry.execute(sql("COMMIT"))
@@ -109,6 +119,8 @@ COMMITS = {
     for work in (
         connection_commit,
         driver_commit,
+        driver_commit_and_a_read,
+        driver_commit_and_rollback,
         commit_as_text,
         commit_as_text_and_go_on,
         session_commit,
@@ -135,6 +147,16 @@ def test_what_was_not_committed_is_done_again(mode: str, work: Work, any_engine:
         assert calls_until_stale(scoped_session(sessionmaker(engine)), work) == 3
 
 
+def test_mariadb_a_rollback_as_text_is_no_commit(mariadb: Engine) -> None:
+    """After ROLLBACK as text nothing is durable, and the request is repeated."""
+
+    def work(registry: Registry) -> None:
+        add(registry)
+        registry.execute(sql("ROLLBACK"))
+
+    assert calls_until_stale(scoped_session(sessionmaker(mariadb)), work) == 3
+
+
 @pytest.mark.parametrize(("method", "calls"), [("POST", 1), ("GET", 3)])
 def test_a_statement_in_autocommit_is_durable(method: str, calls: int, any_engine: Engine) -> None:
     """What ran in AUTOCOMMIT is not done again, unless the method is safe."""
@@ -151,9 +173,20 @@ def test_a_statement_of_a_reader_is_repeated(method: str, calls: int, any_engine
         assert calls_until_stale(registry, commit_as_text, method, reader=plain) == calls
 
 
-def test_a_reader_that_is_also_the_writer_is_none(any_engine: Engine) -> None:
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda engine: sessionmaker(engine),
+        lambda engine: sessionmaker(binds={Item: engine}),
+        lambda engine: lambda: Session(engine),
+    ],
+    ids=["bind", "binds", "function"],
+)
+def test_a_reader_that_is_also_the_writer_is_none(
+    factory: Callable[[Engine], Any], any_engine: Engine
+) -> None:
     """Where reading and writing have one engine, a COMMIT of a safe method counts."""
-    registry: Registry = scoped_session(sessionmaker(any_engine))
+    registry: Registry = scoped_session(factory(any_engine))
     assert calls_until_stale(registry, commit_as_text, "GET", reader=any_engine) == 1
 
 
