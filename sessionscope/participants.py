@@ -43,13 +43,12 @@ def _commit(connection: Connection, *_xid: object) -> None:
 
 def _before_cursor_execute(connection: Connection, *_context: object) -> None:
     for participant in participants_of(connection.info):
-        if participant.watched and participant.connection is connection:
+        if participant.connection is connection:
             participant.before_next()
 
 
 _WATCHERS: dict[str, Callable[..., None]] = {
     "before_cursor_execute": _before_cursor_execute,
-    "rollback": _before_cursor_execute,
     "commit": _commit,
     "commit_twophase": _commit,
     "after_cursor_execute": _after_cursor_execute,  # last, so that it tells that all are there
@@ -267,8 +266,10 @@ class Participant(DriverState):
             self.owner.on_durable()
 
     def before_next(self) -> None:
-        """Notice the driver's own ``commit()`` before a statement or ROLLBACK hides it."""
-        if self.owner.state is State.ACTIVE and not self.aborted and self.is_ended():
+        """Notice the driver's own ``commit()`` before a statement, or our ROLLBACK, hides it."""
+        if not self.watched or self.aborted or self.owner.state is not State.ACTIVE:
+            return
+        if self.is_ended():
             self.owner.on_durable()
 
     def on_commit(self, *_details: object) -> None:

@@ -98,6 +98,8 @@ class UnitOfWork(CommittingSession):
             return
         if transaction.wrote or not self.safe:
             warn_of_autocommit(transaction)
+        for participant in transaction.participants:
+            participant.before_next()
         self.session.rollback()
 
     @contextmanager

@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import text as sql
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, StatementError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 from support import PATIENCE, drop_tables, make_tables, names, refuse_commit
@@ -523,6 +523,21 @@ COMMITS = [commit_as_text, commit_of_the_connection, in_autocommit]
 def test_what_may_be_durable_is_not_done_again(work: Work, engine: Engine) -> None:
     """After a COMMIT of any kind, or a statement in AUTOCOMMIT, nothing is repeated."""
     assert calls_until_stale(engine, work) == 1
+
+
+def test_a_view_recovers_from_a_connection_that_was_lost(engine: Engine, outside: Engine) -> None:
+    """rollback() in the view, after the server ended its connection, makes way for another."""
+
+    def work(session: Session, attempt: int) -> None:
+        adds("gone")(session, attempt)
+        session.connection().invalidate()
+        with pytest.raises(PendingRollbackError):
+            adds("gone")(session, attempt)
+        session.rollback()
+        adds("kept")(session, attempt)
+
+    assert Request(engine, work).send().content == b"fine"
+    assert names(outside) == ["kept"]
 
 
 def test_what_was_not_committed_is_done_again(engine: Engine, outside: Engine) -> None:

@@ -76,11 +76,6 @@ def driver_commit_and_a_read(registry: Registry) -> None:
     registry.execute(sql("SELECT 1"))
 
 
-def driver_commit_and_rollback(registry: Registry) -> None:
-    driver_commit(registry)
-    registry.rollback()
-
-
 def commit_as_text(registry: Registry) -> None:
     add(registry)
     registry.execute(sql("COMMIT"))
@@ -120,7 +115,6 @@ COMMITS = {
         connection_commit,
         driver_commit,
         driver_commit_and_a_read,
-        driver_commit_and_rollback,
         commit_as_text,
         commit_as_text_and_go_on,
         session_commit,
