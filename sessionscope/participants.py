@@ -27,24 +27,26 @@ def participants_of(info: dict[Any, Any]) -> list[Participant]:
     return [one for reference in list(info.get(_MARK, ())) if (one := reference()) is not None]
 
 
-def _after_cursor_execute(
-    connection: Connection, cursor: object, statement: str, *_context: object
-) -> None:
-    for participant in participants_of(connection.info):
-        if participant.watched and participant.connection is connection:
-            participant.on_statement(statement)
-
-
-def _commit(connection: Connection, *_xid: object) -> None:
-    for participant in participants_of(connection.info):
-        if participant.watched and participant.connection is connection:
-            participant.on_commit()
+def _watched_on(connection: Connection) -> list[Participant]:
+    found = participants_of(connection.info)
+    return [one for one in found if one.watched and one.connection is connection]
 
 
 def _before_cursor_execute(connection: Connection, *_context: object) -> None:
-    for participant in participants_of(connection.info):
-        if participant.connection is connection:
-            participant.before_next()
+    for participant in _watched_on(connection):
+        participant.before_next()
+
+
+def _after_cursor_execute(
+    connection: Connection, cursor: object, statement: str, *_context: object
+) -> None:
+    for participant in _watched_on(connection):
+        participant.on_statement(statement)
+
+
+def _commit(connection: Connection, *_xid: object) -> None:
+    for participant in _watched_on(connection):
+        participant.on_commit()
 
 
 _WATCHERS: dict[str, Callable[..., None]] = {

@@ -90,7 +90,7 @@ class SessionTracker:
 
     def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
         """Handle a RELEASE: the work of *savepoint* belongs to the transaction around it."""
-        self.transaction.on_savepoint_released(savepoint)
+        self.transaction.on_savepoint_ended(savepoint, released=True)
 
     def on_savepoint_ended(self, savepoint: SessionTransaction) -> None:
         """Handle the end of *savepoint*, by RELEASE, rollback or close."""

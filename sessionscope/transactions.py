@@ -99,19 +99,16 @@ class Transaction:
             self.errors_before = WeakKeyDictionary()
         self.errors_before[savepoint] = self.error
 
-    def on_savepoint_released(self, savepoint: SessionTransaction) -> None:
-        if self.errors_before is not None:
-            self.errors_before.pop(savepoint, None)
-
-    def on_savepoint_ended(self, savepoint: SessionTransaction) -> None:
-        """Handle the end of *savepoint*: unless it was released, an error since then is healed.
+    def on_savepoint_ended(self, savepoint: SessionTransaction, released: bool = False) -> None:
+        """Handle the end of *savepoint*: unless it was *released*, an error since then is healed.
 
         It counts until the application writes something else, since it may have passed through
         the savepoint, and be the cause of an error page.
         """
         errors = self.errors_before
         before = self.error if errors is None else errors.pop(savepoint, self.error)
-        if self.error is not before and not any(one.aborted for one in self.participants):
+        lost = any(participant.aborted for participant in self.participants)
+        if not (released or lost or self.error is before):
             self.healed = True
             for participant in self.participants:
                 participant.on_savepoint_undone()

@@ -801,9 +801,10 @@ def test_no_link_of_a_page_is_broken(page: str) -> None:
     "module", [sessionscope, engines, idempotency, testing, pytest_plugin, pastedeploy]
 )
 def test_the_interface_is_complete(module: ModuleType, site: Path) -> None:
-    """Each public name of the library is on the page of its interface."""
+    """Each public name of the library is on the page of its interface, and in dir()."""
     targets = Links(site / "interface.html").targets
     names = getattr(module, "__all__", ["sessionscope_isolate"])
+    assert {*names} <= {*dir(module)}
     missing = [name for name in names if f"{module.__name__}.{name}" not in targets]
     assert missing == []
 

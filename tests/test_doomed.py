@@ -136,6 +136,20 @@ def test_postgresql_an_older_savepoint_makes_it_sound(
     assert names(postgresql) == ["kept", "too"]
 
 
+def test_postgresql_a_commit_as_text_after_an_error_is_no_success(
+    postgresql: Engine, pg_registry: Registry
+) -> None:
+    """COMMIT as text, which PostgreSQL answers with a ROLLBACK, saves nothing."""
+
+    def work() -> None:
+        fail(pg_registry)
+        pg_registry.execute(sql("COMMIT"))
+
+    with pytest.raises(TransactionDoomed):
+        post(work, pg_registry)
+    assert names(postgresql) == []
+
+
 def test_postgresql_a_commit_as_text_after_a_savepoint_is_kept(
     postgresql: Engine, pg_registry: Registry
 ) -> None:
