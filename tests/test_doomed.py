@@ -61,6 +61,14 @@ def fail(registry: Registry) -> None:
         registry.execute(insert(Item).values(id=key, name="twice"))
 
 
+def fail_in_a_savepoint(registry: Registry) -> None:
+    """Make work that is kept, and an error that a rollback to a savepoint after it takes back."""
+    add(registry, "kept")
+    savepoint = registry.begin_nested()
+    fail(registry)
+    savepoint.rollback()
+
+
 # PostgreSQL: any error aborts the transaction, and COMMIT is answered with a ROLLBACK.
 
 
@@ -126,10 +134,7 @@ def test_postgresql_an_older_savepoint_makes_it_sound(
     """A rollback to a savepoint older than the error keeps what was before it."""
 
     def work() -> None:
-        add(pg_registry, "kept")
-        savepoint = pg_registry.begin_nested()
-        fail(pg_registry)
-        savepoint.rollback()
+        fail_in_a_savepoint(pg_registry)
         add(pg_registry, "too")
 
     post(work, pg_registry)
@@ -156,10 +161,7 @@ def test_postgresql_a_commit_as_text_after_a_savepoint_is_kept(
     """An error that a savepoint took back says nothing about a transaction that is over."""
 
     def work() -> None:
-        add(pg_registry, "kept")
-        savepoint = pg_registry.begin_nested()
-        fail(pg_registry)
-        savepoint.rollback()
+        fail_in_a_savepoint(pg_registry)
         pg_registry.execute(sql("COMMIT"))
 
     post(work, pg_registry)
@@ -233,14 +235,7 @@ def test_postgresql_with_a_driver_that_does_not_know_a_savepoint_heals(
     postgresql: Engine, silent_registry: Registry
 ) -> None:
     """With pg8000, too, a rollback to an older savepoint makes the transaction sound."""
-
-    def work() -> None:
-        add(silent_registry, "kept")
-        savepoint = silent_registry.begin_nested()
-        fail(silent_registry)
-        savepoint.rollback()
-
-    post(work, silent_registry)
+    post(lambda: fail_in_a_savepoint(silent_registry), silent_registry)
     assert names(postgresql) == ["kept"]
 
 
